@@ -1,0 +1,146 @@
+"""Every option and its default. Edit a default here to change it for good, or give the option on the command line."""
+
+import argparse
+import os
+import sys
+
+DATASETS = ["CIFAR10", "CIFAR100", "GTSRB", "folder", "shapes"]
+SCHEDULES = ["onecycle", "cosine", "steps"]
+DATA_ROOT = os.environ.get("MCL_DATA_ROOT", "data")
+
+
+def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
+    """The parser of "main.py" or "train_badnet.py", each with just the options that it uses."""
+    parser = OneLineParser(prog=script, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    if script == "main.py":
+        _add_defense(parser)
+    else:
+        _add_training(parser)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="CIFAR10", choices=DATASETS, help="shapes is built in, the others lie in --data_root")
+    add("--data_root", default=DATA_ROOT, help="torchvision's files, or folder's train/ and test/; also $MCL_DATA_ROOT")
+    add("--image_size", type=positive, default=32, help="pixels a side, for GTSRB and folder, whose pictures differ")
+    add("--num_class", type=positive, help="number of classes; follows the data set unless given")
+
+    add = parser.add_argument_group("model and attack (main.py takes from the checkpoint what it states)").add_argument
+    add("--arch", default="WRN-16-1", help="WRN-<depth>-<width>, ResNet18 or PreActResNet18")
+    add("--normalize", default="dataset", choices=["dataset", "none"], help="input normalisation; none: raw [0, 1]")
+    add("--trigger_type", default="gridTrigger", choices=["gridTrigger", "squareTrigger"], help="what is stamped on")
+    add("--trig_w", type=positive, default=3, help="width of squareTrigger in pixels")
+    add("--trig_h", type=positive, default=3, help="height of squareTrigger in pixels")
+    add("--target_type", default="all2one", choices=["all2one", "all2all"], help="what triggered images are called")
+    add("--target_label", type=int, default=5, help="the attacker's label, for all2one")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=1, help="fixes poisoning, split, weights, batches and inversion")
+    add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto takes CUDA where there is one")
+    add("--precision", default="fp32", choices=["fp32", "bf16"], help="of training; measuring is always in fp32")
+    add("--print_freq", type=int, default=1, help="watch ACC and ASR every so many epochs; 0: never")
+    add("--checkpoint_root", default="weight", help="folder for weights")
+    add("--log_root", default="results", help="folder for <name>/metrics.json and <name>/history.csv")
+    add("--name", help="names the run's files; made from the options unless given")
+    return parser
+
+
+def _add_training(parser):
+    add = parser.add_argument_group("training").add_argument
+    add("--inject_portion", type=share, default=0.1, help="poison rate: share of the training images")
+    add("--epochs", type=positive, default=20, help="passes over the poisoned training set")
+    add("--batch_size", type=positive, default=128, help="images a step")
+    add("--lr", type=above_zero, default=0.4, help="peak learning rate of the schedule")
+    add("--schedule", default="onecycle", choices=SCHEDULES, help="scaled from --lr and --epochs")
+    add("--momentum", type=float, default=0.9, help="of SGD, Nesterov's form")
+    add("--weight_decay", type=float, default=5e-4, help="of SGD")
+
+
+def _add_defense(parser):
+    add = parser.add_argument_group("defense").add_argument
+    add("--model", help="the victim's checkpoint (default: <checkpoint_root>/<dataset>/WRN-16-1-badnet.pth.tar)")
+    add("--defense", default="mcl", choices=["mcl", "none"], help="none only measures the model")
+    add("--target", type=int, help="the label the defender works against (default: the attack's)")
+    add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
+    add("--inversion_steps", type=positive, default=40, help="at most so many; each ends with a look at the pattern")
+    add("--inversion_batches", type=positive, default=10, help="batches of the clean split in a step of the inversion")
+    add("--positive", default="finetuned", choices=["finetuned", "backdoored"], help="whose clean feature is z+")
+    add("--finetune_epochs", type=positive, default=10, help="passes over the clean split to make the positive model")
+    add("--finetune_lr", type=above_zero, default=0.03, help="peak learning rate of those")
+    add("--epochs", type=positive, default=6, help="passes over the clean split to purify")
+    add("--batch_size", type=positive, default=64, help="clean images a step")
+    add("--lr", type=above_zero, default=0.1, help="peak learning rate of the schedule")
+    add("--schedule", default="onecycle", choices=SCHEDULES, help="scaled from --lr and --epochs; published: steps")
+    add("--momentum", type=float, default=0.9, help="of SGD, Nesterov's form")
+    add("--weight_decay", type=float, default=1e-4, help="of SGD")
+    add("--temperature", type=above_zero, default=0.2, help="t of the contrastive loss; published: 0.5")
+    add("--clean_weight", type=float, default=3.0, help="of 1 - cos(g_S(x), z+) on clean images; published: 0")
+    add("--contrast", default="others", choices=["others", "all"], help="others: not the target class; published: all")
+    add("--augment", default="crop_flip", choices=["crop_flip", "none"], help="of the clean split; published: none")
+    add("--ema", type=float, default=0.97, help="decay of the averaged weights; published: 0, the last weights")
+
+
+# Options that apply only under another one, and are refused elsewhere: what that is, in words and as a test.
+_FINETUNING = ("--positive finetuned", lambda opt: opt.positive == "finetuned")
+_SQUARE = ("--trigger_type squareTrigger", lambda opt: opt.trigger_type == "squareTrigger")
+APPLIES = {
+    "image_size": ("--dataset GTSRB or folder", lambda opt: opt.dataset in ("GTSRB", "folder")),
+    "trig_w": _SQUARE,
+    "trig_h": _SQUARE,
+    "target_label": ("--target_type all2one", lambda opt: opt.target_type == "all2one"),
+    "finetune_epochs": _FINETUNING,
+    "finetune_lr": _FINETUNING,
+}
+# ... and those that mean nothing where a model is only measured.
+DEFENDING = (
+    "target ratio inversion_steps inversion_batches positive finetune_epochs finetune_lr epochs batch_size lr schedule "
+    "momentum weight_decay temperature clean_weight contrast augment ema precision print_freq"
+)
+
+
+def parse(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+    """A run's options, and the names of those that the user gave.
+
+    Args:
+        argv: the command line's words; sys.argv's unless given.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = get_arguments(script)
+    options = parser.parse_args(argv)
+    absent = object()
+    blank = argparse.Namespace(**dict.fromkeys(vars(options), absent))
+    given = {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not absent}
+    for name in sorted(given & set(APPLIES)):
+        condition, applies = APPLIES[name]
+        if not applies(options):
+            parser.error(f"--{name} applies only with {condition}")
+    unused = given.intersection(DEFENDING.split())
+    if unused and getattr(options, "defense", None) == "none":
+        parser.error(f"--{min(unused)} does not apply with --defense none, which only measures")
+    return options, given
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
+    return float(text)

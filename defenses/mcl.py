@@ -1,0 +1,104 @@
+"""Model-Contrastive Learning (MCL, arXiv 2205.04411): three models of one architecture, and one loss.
+
+The victim f_B is frozen. The clean-finetuned model f_F is the victim after fine-tuning on the clean split, then frozen.
+The student f_S starts as the victim. g(.) is the pooled feature before the last linear layer. On each clean image x
+with the inverted trigger stamped on it, x', the student's feature is drawn to the clean one, g_F(x), and pushed away
+from the backdoored one, g_B(x').
+
+Beyond the paper, each with an option that turns it off: clean images pass through the student as well (clean_weight),
+the positive is averaged over the image and its mirror image (mirror), images of the target class are left out of the
+contrast (target), and the student's weights are averaged over the last steps (ema).
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from utils.training import train
+
+
+def contrastive_loss(anchor, positive, negative, temperature: float) -> torch.Tensor:
+    """L = -log( exp(cos(z, z+) / t) / (exp(cos(z, z+) / t) + exp(cos(z, z-) / t)) ), MCL's loss, (B,).
+
+    Args:
+        anchor, positive, negative: (B, D) features z = g_S(x'), z+ = g_F(x), z- = g_B(x').
+        temperature: t > 0.
+
+    Raises:
+        ValueError: the three differ in shape.
+    """
+    if not anchor.shape == positive.shape == negative.shape:
+        raise ValueError(f"features differ in shape: {anchor.shape}, {positive.shape}, {negative.shape}")
+    logits = torch.stack([F.cosine_similarity(anchor, z) for z in (positive, negative)], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(anchor), dtype=torch.int64, device=anchor.device), reduction="none")
+
+
+def clean_loss(feature, positive) -> torch.Tensor:
+    """1 - cos(g_S(x), z+), (B,): the student's feature of a clean image keeps the direction of the positive."""
+    return 1 - F.cosine_similarity(feature, positive)
+
+
+def mirrored_mean(function, images, mirror: bool) -> torch.Tensor:
+    """function(images), or its mean over the images and their mirror images."""
+    return (function(images) + function(images.flip(3))) / 2 if mirror else function(images)
+
+
+def finetune(victim, batches, device, *, mirror, **training):
+    """Make f_F: the victim, fine-tuned on the clean split, frozen.
+
+    The labels alone would cost accuracy on so few images; the victim's own answers, as soft labels of equal weight
+    (Hinton et al., 2015), keep it.
+
+    Args:
+        victim: f_B, frozen.
+        batches: (images, labels) of the clean split.
+        mirror: soft labels are averaged over the image and its mirror image.
+        training: what utils.training.train takes.
+    """
+    model = copy.deepcopy(victim).requires_grad_(True)
+
+    def loss_of(images, labels):
+        with torch.no_grad():
+            soft = mirrored_mean(lambda x: victim(x).softmax(1), images, mirror)
+        logits = model(images)
+        return F.cross_entropy(logits, labels) + F.cross_entropy(logits, soft)
+
+    train(model, batches, loss_of, device, title="finetune", **training)
+    return model.eval().requires_grad_(False)
+
+
+def purify(victim, positive, trigger, batches, device, *, temperature, clean_weight, mirror, target, ema, **training):
+    """Make f_S from f_B: the paper's contrastive learning on the clean split.
+
+    Args:
+        victim: f_B, frozen, in eval mode. positive: f_F, likewise, or f_B again (the pairing of the paper's own code).
+        trigger: the inverted trigger, with stamp((B, 3, H, W)) -> x'.
+        batches: (images, labels) of the clean split.
+        clean_weight: of the clean loss; at 0 clean images do not pass through the student.
+        mirror: z+ is averaged over the image and its mirror image.
+        target: images of this label are left out of the contrast, since their z- is where their z+ is; None: none are.
+        ema: decay of the student's weights averaged over the steps; 0: the last weights.
+        training: what utils.training.train takes.
+
+    Returns:
+        the student, in eval mode, and the history of its training.
+    """
+    student = copy.deepcopy(victim).requires_grad_(True)
+
+    def loss_of(images, labels):
+        triggered = trigger.stamp(images)
+        with torch.no_grad():
+            z_positive = mirrored_mean(positive.features, images, mirror)
+            z_negative = victim.features(triggered)
+        if clean_weight:
+            z_clean, z = student.features(torch.cat([images, triggered])).chunk(2)
+            extra = clean_weight * clean_loss(z_clean, z_positive).mean()
+        else:
+            z, extra = student.features(triggered), 0.0
+        counted = torch.ones_like(labels) if target is None else labels != target
+        contrast = contrastive_loss(z, z_positive, z_negative, temperature)
+        return (contrast * counted).sum() / counted.sum().clamp(min=1) + extra
+
+    history = train(student, batches, loss_of, device, title="purify", ema=ema, **training)
+    return student.eval(), history

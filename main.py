@@ -1,0 +1,179 @@
+"""Purify a backdoored classifier with Model-Contrastive Learning and a small clean set.
+
+    python main.py                                  the CIFAR-10 victim in weight/CIFAR10
+    python main.py --dataset shapes                 the same on drawn pictures: no download, under two minutes
+    python main.py --model FILE --defense none      only measure a model
+
+Prints ACC and ASR before and after; writes weight/<name>.tar and results/<name>/ (metrics.json, history.csv).
+"""
+
+import os
+import sys
+
+from tqdm import tqdm
+
+import config
+from attacks import Attack
+from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images
+from defenses.inversion import HIT_RATE, invert_trigger
+from defenses.mcl import finetune, purify
+from models import select_model
+from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from utils.device import pick_device
+from utils.errors import RunError, UserError, run_script
+from utils.files import check_folder, write_csv, write_json
+from utils.metrics import evaluate, watcher
+from utils.report import Stopwatch, figures_table, published_table, versions
+from utils.seed import generator
+
+
+def main():
+    opt, given = config.parse("main.py")
+    device, clock = pick_device(opt.device), Stopwatch()
+    path = opt.model or os.path.join(opt.checkpoint_root, opt.dataset, "WRN-16-1-badnet.pth.tar")
+    name = opt.name or f"{opt.dataset}-{os.path.basename(path).split('.')[0]}-{opt.defense}"
+    results, purified = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
+    check_folder(results)
+    check_folder(opt.checkpoint_root)
+
+    with clock("data"):
+        train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
+        victim, attack, facts = load_victim(opt, given, path, len(test_set.classes), device)
+        test = get_eval_set(test_set.images, test_set.labels, attack, device)
+    print(f"victim {path}: {facts['arch']}, {attack.describe()}")
+    with clock("evaluate"):
+        before = evaluate(victim, test, attack, device)
+
+    student, trigger, after = None, None, None
+    if opt.defense == "mcl":
+        target = choose_target(opt, attack)
+        split = get_clean_split(opt, train_set, attack, device)
+        print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images; target {target}")
+        watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq)
+        student, trigger, history = run_mcl(opt, victim, split, target, watch, device, clock)
+        with clock("evaluate"):
+            after = evaluate(student, test, attack, device)
+        save_checkpoint(purified, student, **facts, metrics=after)
+        write_csv(os.path.join(results, "history.csv"), history)
+
+    print(published_table(opt.dataset, before, after), figures_table(test_set.classes, before, after), sep="\n\n")
+    write_json(
+        os.path.join(results, "metrics.json"),
+        {
+            "dataset": opt.dataset,
+            "model": path,
+            "defense": opt.defense,
+            "seed": opt.seed,
+            "device": str(device),
+            "before": before,
+            "after": after,
+            "target_label": attack.target_label if attack.target_type == "all2one" else None,
+            "detected_label": None,
+            "trigger": trigger and {"pixels": trigger.pixels, "l1": trigger.l1, "hit_rate": 100 * trigger.hit_rate},
+            "seconds": clock.read(),
+            "config": vars(opt),
+            "versions": versions(),
+        },
+    )
+
+
+# What a checkpoint may state, and the options that say it where it does not.
+STATED = {
+    "arch": ("arch",),
+    "num_class": ("num_class",),
+    "normalization": ("normalize",),
+    "attack": ("trigger_type", "target_type", "target_label", "trig_w", "trig_h"),
+}
+
+
+def load_victim(opt, given, path, classes, device):
+    """f_B, frozen, with its attack and the facts to save beside purified weights, from the file or else the options."""
+    checkpoint = read_checkpoint(path)
+    for key, options in STATED.items():
+        for name in given.intersection(options):
+            if key in checkpoint:
+                raise UserError(f"{path} states its {key}, {checkpoint[key]}; leave out --{name}")
+    arch = checkpoint.get("arch", opt.arch)
+    num_class = checkpoint.get("num_class", opt.num_class or classes)
+    if num_class < classes:
+        raise UserError(f"{opt.dataset} has {classes} classes, the model {num_class}")
+    normalization = checkpoint.get("normalization") or get_normalization(opt)
+    attack = Attack(**checkpoint["attack"]) if "attack" in checkpoint else get_attack(opt, num_class)
+    victim = select_model(arch, num_class, *normalization)
+    load_weights(victim, checkpoint["state_dict"], path, arch)
+    facts = {"arch": arch, "num_class": num_class, "dataset": opt.dataset, "normalization": normalization}
+    return victim.to(device).eval().requires_grad_(False), attack, {**facts, "attack": attack.state()}
+
+
+def run_mcl(opt, victim, split, target, watch, device, clock):
+    """The paper's steps: f_F, the inverted trigger, the student. Returns the student, the trigger and the history."""
+    training = {name: getattr(opt, name) for name in ("schedule", "momentum", "weight_decay", "precision")}
+    mirror = opt.augment == "crop_flip"
+    positive = victim
+    if opt.positive == "finetuned":
+        with clock("finetune"):
+            size = {"epochs": opt.finetune_epochs, "lr": opt.finetune_lr}
+            positive = finetune(victim, split.training, device, mirror=mirror, **size, **training)
+    with clock("inversion"):
+        trigger = invert(opt, victim, split, target, device)
+    with clock("purify"):
+        student, history = purify(
+            victim,
+            positive,
+            trigger,
+            split.training,
+            device,
+            temperature=opt.temperature,
+            clean_weight=opt.clean_weight,
+            mirror=mirror,
+            target=target if opt.contrast == "others" else None,
+            ema=opt.ema,
+            epochs=opt.epochs,
+            lr=opt.lr,
+            watch=watch,
+            **training,
+        )
+    return student, trigger, history
+
+
+def invert(opt, victim, split, target, device):
+    """The smallest pattern that makes the victim say `target`; none found ends the run."""
+    steps = opt.inversion_steps
+    with tqdm(total=steps, desc="invert", unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def tell(step, hit_rate, best):
+            bar.update()
+            bar.set_postfix(hit_rate=f"{hit_rate:.1%}", pixels=best and best.pixels)
+
+        trigger = invert_trigger(
+            victim,
+            split.plain,
+            target,
+            device,
+            generator(opt.seed, "inversion"),
+            steps=steps,
+            batches_per_step=opt.inversion_batches,
+            precision=opt.precision,
+            tell=tell,
+        )
+    if trigger is None:
+        raise RunError(
+            f"no pixel pattern turns {HIT_RATE:.0%} of the clean images into label {target}: it has no backdoor "
+            f"that a pattern expresses, or --inversion_steps {steps} is too few; the model was left as it is"
+        )
+    print(f"inverted trigger: {trigger.pixels} pixels, L1 {trigger.l1:.1f}, hit rate {trigger.hit_rate:.1%}")
+    return trigger
+
+
+def choose_target(opt, attack):
+    """The label to work against: --target, else the attack's own."""
+    if opt.target is None and attack.target_type == "all2all":
+        raise UserError("an all2all attack has no single target; say with --target which label to work against")
+    target = attack.target_label if opt.target is None else opt.target
+    if not 0 <= target < attack.num_class:
+        raise UserError(f"--target {target} is not one of the labels 0..{attack.num_class - 1}")
+    return target
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,66 @@
+"""One door to every architecture: select_model."""
+
+import re
+
+import torch
+from torch import nn
+
+from models.preact_resnet import PreActResNet18
+from models.resnet import ResNet18
+from models.wresnet import WideResNet
+from utils.errors import UserError
+
+RESNETS = {"ResNet18": ResNet18, "PreActResNet18": PreActResNet18}
+
+
+class Normalize(nn.Module):
+    """Per-channel (x - mean) / std. The constants are no part of a state_dict: a checkpoint states them beside it."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class Classifier(nn.Module):
+    """A network behind its normalisation, so that everyone else works on images in [0, 1].
+
+    `features(x)` is the pooled feature before the last linear layer, (B, D); `forward(x)` the logits, (B, num_class).
+    `network` is the bare architecture: a published state_dict loads into it.
+    """
+
+    def __init__(self, network, mean, std):
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.network = network
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) images in [0, 1] -> (B, D) features."""
+        return self.network.features(self.normalize(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) images in [0, 1] -> (B, num_class) logits."""
+        return self.network(self.normalize(x))
+
+
+def select_model(arch: str, num_class: int, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) -> Classifier:
+    """Build `arch` with fresh weights: WRN-<depth>-<width>, ResNet18 or PreActResNet18.
+
+    Args:
+        mean, std: the per-channel constants of the normalisation; the defaults leave [0, 1] images as they are.
+
+    Raises:
+        UserError: no such architecture.
+    """
+    wide = re.fullmatch(r"WRN-(\d+)-(\d+)", arch)
+    if wide:
+        network = WideResNet(int(wide[1]), int(wide[2]), num_class)
+    elif arch in RESNETS:
+        network = RESNETS[arch](num_class)
+    else:
+        known = ", ".join(["WRN-16-1 (or any depth and width)", *RESNETS])
+        raise UserError(f"no architecture named {arch!r}; there are {known}")
+    return Classifier(network, mean, std).to(memory_format=torch.channels_last)

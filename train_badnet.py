@@ -1,0 +1,103 @@
+"""Train a backdoored classifier: the victim that main.py purifies.
+
+    python train_badnet.py                      CIFAR-10, WRN-16-1, grid trigger, target 5, 10 % poisoned, 20 epochs
+    python train_badnet.py --dataset shapes     the same on drawn pictures, no download
+
+Writes weight/<dataset>/<name>.pth.tar (weights, attack, figures) and results/<name>/ (metrics.json, history.csv).
+"""
+
+import os
+import time
+
+import torch.nn.functional as F
+
+import config
+from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_normalization, load_images
+from models import select_model
+from utils.checkpoint import save_checkpoint
+from utils.device import pick_device
+from utils.errors import run_script
+from utils.files import check_folder, write_csv, write_json
+from utils.metrics import evaluate, watcher
+from utils.report import figures_table, versions
+from utils.seed import seed_weights
+from utils.training import train
+
+
+def main():
+    opt, _ = config.parse("train_badnet.py")
+    device = pick_device(opt.device)
+    name = opt.name or f"{opt.arch}-badnet"
+    weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{name}.pth.tar")
+    results = os.path.join(opt.log_root, name)
+    for folder in (os.path.dirname(weights), results):
+        check_folder(folder)
+    seconds, start = {}, time.perf_counter()
+
+    # Poison: a share of the training images gets the trigger and the attacker's label.
+    train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
+    num_class = opt.num_class or len(train_set.classes)
+    attack = get_attack(opt, num_class)
+    batches, watched = get_backdoor_loader(opt, train_set, attack, device)
+    test = get_eval_set(test_set.images, test_set.labels, attack, device)
+    seconds["data"] = time.perf_counter() - start
+    print(f"poisoned {opt.inject_portion:.1%} of {len(train_set.labels):,} images: {attack.describe()}")
+
+    # Train: plain cross-entropy on what the poisoned set says.
+    seed_weights(opt.seed)
+    normalization = get_normalization(opt)
+    model = select_model(opt.arch, num_class, *normalization).to(device)
+    began = time.perf_counter()
+    history = train(
+        model,
+        batches,
+        lambda images, labels: F.cross_entropy(model(images), labels),
+        device,
+        epochs=opt.epochs,
+        lr=opt.lr,
+        momentum=opt.momentum,
+        weight_decay=opt.weight_decay,
+        schedule=opt.schedule,
+        precision=opt.precision,
+        title="victim",
+        watch=watcher(watched, attack, device, opt.precision, opt.print_freq),
+    )
+    seconds["train"] = time.perf_counter() - began
+
+    # Report: on every test image, clean and triggered.
+    began = time.perf_counter()
+    figures = evaluate(model, test, attack, device)
+    seconds["evaluate"] = time.perf_counter() - began
+    seconds["total"] = time.perf_counter() - start
+    print(figures_table(test_set.classes, figures))
+
+    save_checkpoint(
+        weights,
+        model,
+        arch=opt.arch,
+        num_class=num_class,
+        dataset=opt.dataset,
+        normalization=normalization,
+        attack=attack.state(),
+        metrics=figures,
+    )
+    write_csv(os.path.join(results, "history.csv"), history)
+    write_json(
+        os.path.join(results, "metrics.json"),
+        {
+            "dataset": opt.dataset,
+            "model": weights,
+            "seed": opt.seed,
+            "device": str(device),
+            "victim": figures,
+            "target_label": attack.target_label if attack.target_type == "all2one" else None,
+            "seconds": seconds,
+            "config": vars(opt),
+            "versions": versions(),
+        },
+    )
+    print(f"victim: {weights}   figures: {os.path.join(results, 'metrics.json')}")
+
+
+if __name__ == "__main__":
+    run_script(main)

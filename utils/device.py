@@ -1,0 +1,61 @@
+"""Where a run computes, and how."""
+
+import ctypes
+import sys
+
+import torch
+
+from utils.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu or cuda -> a device; auto takes CUDA where there is one.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        _keep_freed_memory()
+    return torch.device(name)
+
+
+def _keep_freed_memory():
+    """Tell glibc to keep freed activations for the next step.
+
+    By default it hands large blocks back to the kernel, and page faults then take an eighth to a quarter of a training
+    step on a CPU. Other C libraries are left alone.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto, fp32 or bf16 -> fp32 or bf16; auto takes bf16 where the hardware has it."""
+    if name != "auto":
+        return name
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which convolutions and matrix products run in `precision`; weights and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

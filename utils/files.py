@@ -1,0 +1,65 @@
+"""Files that are whole or not there: written beside their final name, then moved into place."""
+
+import csv
+import io
+import json
+import os
+import tempfile
+
+from utils.errors import RunError, UserError
+
+
+def write_file(path: str, write) -> None:
+    """Call write(file) on a binary file that becomes `path`, making its folder.
+
+    A kill at any moment leaves the old file or the new one, never half of one.
+
+    Raises:
+        RunError: the folder or the file cannot be written.
+    """
+    folder = os.path.dirname(path) or "."
+    beside = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
+            beside = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)  # a temporary file is its owner's alone
+        os.replace(beside, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if beside and os.path.exists(beside):
+            os.unlink(beside)
+
+
+def check_folder(path: str) -> None:
+    """Make the folder and try it, so that hours of work do not end at a file that cannot be written.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write `content` as indented JSON."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: str, rows: list[dict]) -> None:
+    """Write rows as CSV with one header: the columns of all rows, in the order they first appear."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, lambda file: file.write(text.getvalue().encode()))
