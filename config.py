@@ -36,7 +36,7 @@ def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, help="fixes poisoning, split, weights, batches and inversion")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto takes CUDA where there is one")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of training; measuring is always in fp32")
-    add("--print_freq", type=int, default=1, help="watch ACC and ASR every so many epochs; 0: never")
+    add("--print_freq", type=count, default=1, help="watch ACC and ASR every so many epochs; 0: never")
     add("--checkpoint_root", default="weight", help="folder for weights")
     add("--log_root", default="results", help="folder for <name>/metrics.json and <name>/history.csv")
     add("--name", help="names the run's files; made from the options unless given")
@@ -50,8 +50,8 @@ def _add_training(parser):
     add("--batch_size", type=positive, default=128, help="images a step")
     add("--lr", type=above_zero, default=0.4, help="peak learning rate of the schedule")
     add("--schedule", default="onecycle", choices=SCHEDULES, help="scaled from --lr and --epochs")
-    add("--momentum", type=float, default=0.9, help="of SGD, Nesterov's form")
-    add("--weight_decay", type=float, default=5e-4, help="of SGD")
+    add("--momentum", type=decay, default=0.9, help="of SGD, Nesterov's form")
+    add("--weight_decay", type=zero_or_more, default=5e-4, help="of SGD")
 
 
 def _add_defense(parser):
@@ -60,7 +60,7 @@ def _add_defense(parser):
     add("--defense", default="mcl", choices=["mcl", "none"], help="none only measures the model")
     add("--target", type=int, help="the label the defender works against (default: the attack's)")
     add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
-    add("--inversion_steps", type=positive, default=40, help="at most so many; each ends with a look at the pattern")
+    add("--inversion_steps", type=positive, default=60, help="at most so many; each ends with a look at the pattern")
     add("--inversion_batches", type=positive, default=10, help="batches of the clean split in a step of the inversion")
     add("--positive", default="finetuned", choices=["finetuned", "backdoored"], help="whose clean feature is z+")
     add("--finetune_epochs", type=positive, default=10, help="passes over the clean split to make the positive model")
@@ -69,13 +69,13 @@ def _add_defense(parser):
     add("--batch_size", type=positive, default=64, help="clean images a step")
     add("--lr", type=above_zero, default=0.1, help="peak learning rate of the schedule")
     add("--schedule", default="onecycle", choices=SCHEDULES, help="scaled from --lr and --epochs; published: steps")
-    add("--momentum", type=float, default=0.9, help="of SGD, Nesterov's form")
-    add("--weight_decay", type=float, default=1e-4, help="of SGD")
+    add("--momentum", type=decay, default=0.9, help="of SGD, Nesterov's form")
+    add("--weight_decay", type=zero_or_more, default=1e-4, help="of SGD")
     add("--temperature", type=above_zero, default=0.2, help="t of the contrastive loss; published: 0.5")
-    add("--clean_weight", type=float, default=3.0, help="of 1 - cos(g_S(x), z+) on clean images; published: 0")
+    add("--clean_weight", type=zero_or_more, default=6.0, help="of 1 - cos(g_S(x), z+) on clean images; published: 0")
     add("--contrast", default="others", choices=["others", "all"], help="others: not the target class; published: all")
     add("--augment", default="crop_flip", choices=["crop_flip", "none"], help="of the clean split; published: none")
-    add("--ema", type=float, default=0.97, help="decay of the averaged weights; published: 0, the last weights")
+    add("--ema", type=decay, default=0.97, help="decay of the averaged weights; published: 0, the last weights")
 
 
 # Options that apply only under another one, and are refused elsewhere: what that is, in words and as a test.
@@ -125,22 +125,22 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+def _number(kind, allowed, told):
+    """An argparse type: a number of this kind that is allowed, else a complaint that tells what would be."""
+
+    def parse_number(text):
+        number = kind(text)
+        if not allowed(number):
+            raise argparse.ArgumentTypeError(f"{text} is not {told}")
+        return number
+
+    parse_number.__name__ = kind.__name__  # what argparse calls a word that is no number at all
+    return parse_number
 
 
-def above_zero(text: str) -> float:
-    """A finite number above 0."""
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
-def share(text: str) -> float:
-    """A number above 0 and up to 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
-    return float(text)
+positive = _number(int, lambda n: n >= 1, "1 or more")
+count = _number(int, lambda n: n >= 0, "0 or more")
+above_zero = _number(float, lambda x: 0 < x < float("inf"), "above 0")
+zero_or_more = _number(float, lambda x: 0 <= x < float("inf"), "0 or more")
+share = _number(float, lambda x: 0 < x <= 1, "above 0 and up to 1")
+decay = _number(float, lambda x: 0 <= x < 1, "from 0 to below 1")

@@ -29,7 +29,8 @@ NORMALIZATION = {
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
-CROP_PADDING = 4
+TRAINING_PADDING = 4  # pixels of black around a random crop, as CIFAR-10 is trained by everyone
+CLEAN_PADDING = 2  # less for the defender, whose teacher may never have seen a shifted image
 WATCHED_IMAGES = 1_000
 EVAL_BATCH = 500
 
@@ -108,21 +109,21 @@ class DatasetBD(TensorImages):
 class Batches:
     """Iterates over (images (B, 3, H, W) float in [0, 1], labels (B,)), a whole batch at a time, on the device.
 
-    The uint8 set lies on the device; a batch is one gather, with the random crop (4 pixels of black padding) and the
+    The uint8 set lies on the device; a batch is one gather, with the random crop and the
     random flip folded into its index, and it comes out channels last.
 
     Args:
-        shuffle: a new order each epoch. augment: random crop and flip. Both draw from `rng`.
+        shuffle: a new order each epoch.
+        padding: random flips, and crops of the image with so many pixels of black around it; None: the images as they are.
+        rng: where order, crops and flips come from.
         drop_last: leave out a last batch that is not full.
     """
 
-    def __init__(self, data, batch_size, device, *, shuffle=False, augment=False, drop_last=False, rng=None):
+    def __init__(self, data, batch_size, device, *, shuffle=False, padding=None, drop_last=False, rng=None):
         self.labels = data.labels.to(device)
         self.count, self.height, self.width, _ = data.images.shape
-        self.padding = CROP_PADDING if augment else 0
-        images = data.images
-        if augment:
-            images = F.pad(images, (0, 0, *[CROP_PADDING] * 4))
+        self.padding = padding
+        images = data.images if padding is None else F.pad(data.images, (0, 0, *[padding] * 4))
         self.row, self.image = images.shape[2], images.shape[1] * images.shape[2]
         self.pixels = images.reshape(-1, 3).to(device)
         self.batch_size, self.shuffle, self.drop_last, self.rng = batch_size, shuffle, drop_last, rng
@@ -137,7 +138,7 @@ class Batches:
         device = self.labels.device
         order = torch.randperm(self.count, generator=self.rng) if self.shuffle else torch.arange(self.count)
         corner, flip = order * self.image, torch.zeros_like(order)
-        if self.padding:
+        if self.padding is not None:
             shifts = torch.randint(2 * self.padding + 1, (2, self.count), generator=self.rng)
             corner += shifts[0] * self.row + shifts[1]
             flip = torch.randint(2, (self.count,), generator=self.rng)
@@ -261,7 +262,7 @@ def get_backdoor_loader(opt, train: ImageSet, attack: Attack, device) -> tuple[B
     poisoned = DatasetBD(train.images, train.labels, attack, "train", generator(opt.seed, "poison"))
     _check_batch(poisoned, opt.batch_size, "the training set")
     rng = generator(opt.seed, "batches")
-    batches = Batches(poisoned, opt.batch_size, device, shuffle=True, augment=True, drop_last=True, rng=rng)
+    batches = Batches(poisoned, opt.batch_size, device, shuffle=True, padding=TRAINING_PADDING, drop_last=True, rng=rng)
     first = slice(WATCHED_IMAGES)
     return batches, get_eval_set(train.images[first], train.labels[first], attack, device)
 
@@ -271,16 +272,16 @@ def get_clean_split(opt, train: ImageSet, attack: Attack, device) -> CleanSplit:
     split = DatasetCL(train.images, train.labels, opt.ratio, generator(opt.seed, "split"))
     _check_batch(split, opt.batch_size, f"the clean split (--ratio {opt.ratio})")
 
-    def batches(augment, purpose):
+    def batches(padding, purpose):
         rng = generator(opt.seed, purpose)
-        return Batches(split, opt.batch_size, device, shuffle=True, augment=augment, drop_last=True, rng=rng)
+        return Batches(split, opt.batch_size, device, shuffle=True, padding=padding, drop_last=True, rng=rng)
 
     others = torch.ones(len(train.labels), dtype=torch.bool)
     others[split.index] = False
     watched = (others.nonzero()[:, 0] if others.any() else split.index)[:WATCHED_IMAGES]
     watched = get_eval_set(train.images[watched], train.labels[watched], attack, device)
-    training = batches(opt.augment == "crop_flip", "batches")
-    return CleanSplit(batches(False, "plain batches"), training, split.index, watched)
+    training = batches(CLEAN_PADDING if opt.augment == "crop_flip" else None, "batches")
+    return CleanSplit(batches(None, "plain batches"), training, split.index, watched)
 
 
 def get_eval_set(images, labels, attack: Attack, device) -> EvalSet:

@@ -55,6 +55,7 @@ def main():
             after = evaluate(student, test, attack, device)
         save_checkpoint(purified, student, **facts, metrics=after)
         write_csv(os.path.join(results, "history.csv"), history)
+        print(f"purified: {purified}")
 
     print(published_table(opt.dataset, before, after), figures_table(test_set.classes, before, after), sep="\n\n")
     write_json(
@@ -107,7 +108,7 @@ def load_victim(opt, given, path, classes, device):
 
 def run_mcl(opt, victim, split, target, watch, device, clock):
     """The paper's steps: f_F, the inverted trigger, the student. Returns the student, the trigger and the history."""
-    training = {name: getattr(opt, name) for name in ("schedule", "momentum", "weight_decay", "precision")}
+    training = {name: getattr(opt, name) for name in ("schedule", "momentum", "weight_decay", "precision", "ema")}
     mirror = opt.augment == "crop_flip"
     positive = victim
     if opt.positive == "finetuned":
@@ -127,7 +128,6 @@ def run_mcl(opt, victim, split, target, watch, device, clock):
             clean_weight=opt.clean_weight,
             mirror=mirror,
             target=target if opt.contrast == "others" else None,
-            ema=opt.ema,
             epochs=opt.epochs,
             lr=opt.lr,
             watch=watch,

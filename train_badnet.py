@@ -27,9 +27,8 @@ from utils.training import train
 def main():
     opt, _ = config.parse("train_badnet.py")
     device = pick_device(opt.device)
-    name = opt.name or f"{opt.arch}-badnet"
-    weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{name}.pth.tar")
-    results = os.path.join(opt.log_root, name)
+    weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{opt.name or f'{opt.arch}-badnet'}.pth.tar")
+    results = os.path.join(opt.log_root, opt.name or f"{opt.dataset}-{opt.arch}-badnet")
     for folder in (os.path.dirname(weights), results):
         check_folder(folder)
     seconds, start = {}, time.perf_counter()

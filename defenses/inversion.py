@@ -10,6 +10,7 @@ from utils.device import autocast
 
 HIT_RATE = 0.9  # a pattern counts from this share of images predicted as the target
 PATIENCE = 10  # steps in a row above or below it before the weight of the size moves
+STALLED = 10  # steps without a smaller pattern that end the search, time for one rise of that weight
 RAISE, LOWER = 1.5, 1.5**1.5
 VISIBLE = 1 / 255  # smaller values vanish in an 8-bit image
 
@@ -56,7 +57,8 @@ def invert_trigger(victim, batches, target, device, rng, *, steps, batches_per_s
         batches: clean (images, labels) batches, gone through again and again; images of the target itself are left out.
         target: the label, 0..K-1.
         rng: where the first p and q come from, U[0, 1).
-        steps: how often c, the best pattern and the hit rate are looked at, each time after `batches_per_step` updates.
+        steps: at most so many, of `batches_per_step` updates each; the search ends sooner once STALLED of them have
+            found no smaller pattern than the best.
         tell: called after each step with the step (from 1), its hit rate 0..1 and the best Trigger so far or None.
 
     Returns:
@@ -67,7 +69,7 @@ def invert_trigger(victim, batches, target, device, rng, *, steps, batches_per_s
     optimizer = torch.optim.Adam([plus, minus], lr=0.1, betas=(0.5, 0.9))
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
     best, best_size = None, float("inf")
-    weight, above, below = 1e-3, 0, 0
+    weight, above, below, stalled = 1e-3, 0, 0, 0
     for step in range(1, steps + 1):
         hits, seen, sizes = torch.zeros((), device=device), 0, torch.zeros((), device=device)
         for images, labels in itertools.islice(stream, batches_per_step):
@@ -83,11 +85,12 @@ def invert_trigger(victim, batches, target, device, rng, *, steps, batches_per_s
             hits, seen, sizes = hits + (logits.argmax(1) == target).sum(), seen + len(images), sizes + size.detach()
         hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
 
+        stalled += 1
         if hit_rate >= HIT_RATE and size < best_size:
             found = pattern_of(plus, minus).detach()
             found = Trigger(torch.where(found.abs() < VISIBLE, 0.0, found), hit_rate)
             if best is None or found.pixels < best.pixels:
-                best, best_size = found, size
+                best, best_size, stalled = found, size, 0
         above, below = (above + 1, 0) if hit_rate >= HIT_RATE else (0, below + 1)
         if above == PATIENCE:
             weight, above = weight * RAISE, 0
@@ -95,4 +98,6 @@ def invert_trigger(victim, batches, target, device, rng, *, steps, batches_per_s
             weight, below = weight / LOWER, 0
         if tell:
             tell(step, hit_rate, best)
+        if best and stalled == STALLED:
+            break
     return best

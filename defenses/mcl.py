@@ -68,7 +68,7 @@ def finetune(victim, batches, device, *, mirror, **training):
     return model.eval().requires_grad_(False)
 
 
-def purify(victim, positive, trigger, batches, device, *, temperature, clean_weight, mirror, target, ema, **training):
+def purify(victim, positive, trigger, batches, device, *, temperature, clean_weight, mirror, target, **training):
     """Make f_S from f_B: the paper's contrastive learning on the clean split.
 
     Args:
@@ -78,13 +78,13 @@ def purify(victim, positive, trigger, batches, device, *, temperature, clean_wei
         clean_weight: of the clean loss; at 0 clean images do not pass through the student.
         mirror: z+ is averaged over the image and its mirror image.
         target: images of this label are left out of the contrast, since their z- is where their z+ is; None: none are.
-        ema: decay of the student's weights averaged over the steps; 0: the last weights.
-        training: what utils.training.train takes.
+        training: what utils.training.train takes; its ema averages the student's weights over the last steps.
 
     Returns:
         the student, in eval mode, and the history of its training.
     """
     student = copy.deepcopy(victim).requires_grad_(True)
+    student.head.load_state_dict(positive.head.state_dict())  # it is to read features like f_F's
 
     def loss_of(images, labels):
         triggered = trigger.stamp(images)
@@ -100,5 +100,5 @@ def purify(victim, positive, trigger, batches, device, *, temperature, clean_wei
         contrast = contrastive_loss(z, z_positive, z_negative, temperature)
         return (contrast * counted).sum() / counted.sum().clamp(min=1) + extra
 
-    history = train(student, batches, loss_of, device, title="purify", ema=ema, **training)
+    history = train(student, batches, loss_of, device, title="purify", **training)
     return student.eval(), history

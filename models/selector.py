@@ -37,6 +37,11 @@ class Classifier(nn.Module):
         self.normalize = Normalize(mean, std)
         self.network = network
 
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer, from features to logits; the architectures' public names for it differ."""
+        return self.network.fc if isinstance(self.network, WideResNet) else self.network.linear
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images in [0, 1] -> (B, D) features."""
         return self.network.features(self.normalize(x))

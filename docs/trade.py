@@ -1,0 +1,99 @@
+"""The trade between ASR and the target class, on held-out training images: how --clean_weight was chosen.
+
+    python -m docs.trade --model FILE       writes docs/trade.csv and docs/trade.png
+
+Takes main.py's options. For each weight of the clean loss the victim is purified as main.py does it, and measured on
+6,000 training images outside the clean split, mirrored: a victim trained without flips knows its training images by
+heart, but not their mirror images, on which it errs about as often as on test images. The test set is measured beside
+it, for the published figures' sake; nothing was chosen on it.
+"""
+
+import os
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+import config
+from data_loader import get_clean_split, get_eval_set, load_images
+from main import choose_target, load_victim, run_mcl
+from utils.device import pick_device
+from utils.errors import run_script
+from utils.files import write_csv, write_file
+from utils.metrics import evaluate
+from utils.report import Stopwatch
+
+HELD_OUT = 6_000
+WEIGHTS = (1.0, 2.0, 4.0, 6.0, 9.0, 14.0)
+PUBLISHED = (
+    "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps "
+    "--epochs 20 --temperature 0.5"
+)
+FOLDER = os.path.dirname(__file__)
+
+
+def main():
+    rows = []
+    for weight in WEIGHTS:
+        rows += measure([*sys.argv[1:], "--clean_weight", str(weight)], f"{weight:g}")
+    rows += measure([*sys.argv[1:], *PUBLISHED.split()], "published recipe")
+    write_csv(os.path.join(FOLDER, "trade.csv"), rows)
+    draw(rows, os.path.join(FOLDER, "trade.png"))
+
+
+def measure(words, recipe):
+    """Purify the victim with these options of main.py; a row for the held-out images and one for the test images."""
+    opt, given = config.parse("main.py", words)
+    device = pick_device(opt.device)
+    train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
+    victim, attack, _ = load_victim(opt, given, opt.model, len(test_set.classes), device)
+    split = get_clean_split(opt, train_set, attack, device)
+    student, _, _ = run_mcl(opt, victim, split, choose_target(opt, attack), None, device, Stopwatch())
+    others = torch.ones(len(train_set.labels), dtype=torch.bool)
+    others[split.index] = False
+    held_out = others.nonzero()[:HELD_OUT, 0]
+    sets = {
+        "held-out": (train_set.images[held_out].flip(2), train_set.labels[held_out]),
+        "test": (test_set.images, test_set.labels),
+    }
+    rows = []
+    for name, (images, labels) in sets.items():
+        figures = evaluate(student, get_eval_set(images, labels, attack, device), attack, device)
+        target_class = figures.pop("per_class")[attack.target_label]
+        rows.append({"recipe": recipe, "seed": opt.seed, "images": name, **figures, "target_class": target_class})
+        print(
+            ", ".join(
+                f"{key} {value:.2f}" if isinstance(value, float) else str(value) for key, value in rows[-1].items()
+            )
+        )
+    return rows
+
+
+def draw(rows, path):
+    """ASR against the target class's accuracy and against ACC without it, one line for each set of images."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    columns = {"target_class": "accuracy on the target class, %", "acc_published": "ACC without the target class, %"}
+    for panel, (column, told) in zip(panels, columns.items(), strict=True):
+        for images, colour in (("held-out", "tab:blue"), ("test", "tab:orange")):
+            swept = [row for row in rows if row["images"] == images and row["recipe"] != "published recipe"]
+            panel.plot([row[column] for row in swept], [row["asr"] for row in swept], "o-", color=colour, label=images)
+            for row in swept:
+                place = (row[column], row["asr"])
+                panel.annotate(row["recipe"], place, (4, 4), textcoords="offset points", fontsize=8, color=colour)
+        for row in rows:
+            if row["recipe"] == "published recipe" and row["images"] == "test":
+                panel.plot(row[column], row["asr"], "s", color="tab:red", label="published recipe, run here, test")
+        panel.set_xlabel(told)
+        panel.grid(alpha=0.3)
+    panels[1].plot(82.29, 1.92, "*", color="black", markersize=11, label="as published, test")
+    panels[0].set_ylabel("ASR, %")
+    panels[1].legend(fontsize=8)
+    figure.suptitle("What --clean_weight (the numbers) trades", fontsize=11)
+    write_file(path, lambda file: figure.savefig(file, dpi=110))
+
+
+if __name__ == "__main__":
+    run_script(main)

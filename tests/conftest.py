@@ -1,0 +1,38 @@
+"""What several tests share: the repository on the path, real CIFAR-10 where it is, and small stand-ins."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def images():
+    """Eight random 8x8 uint8 images, (8, 8, 8, 3)."""
+    return torch.randint(256, (8, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def cifar_root():
+    """The folder with CIFAR-10's files, or a skip that says how to have it."""
+    root = Path(os.environ.get("MCL_DATA_ROOT", ROOT / "data"))
+    if not (root / "cifar-10-batches-py" / "data_batch_1").exists():
+        pytest.skip("no CIFAR-10 here: set MCL_DATA_ROOT to the folder that holds cifar-10-batches-py")
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Run a script of the repository in another process; returns the finished process, its output as text."""
+
+    def run(*words, cwd=ROOT):
+        command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+
+    return run

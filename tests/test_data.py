@@ -1,0 +1,118 @@
+"""Batches against a slow crop and flip, the clean split, and the readers."""
+
+import argparse
+
+import pytest
+import torch
+from PIL import Image
+
+import config
+from data_loader import Batches, DatasetCL, TensorImages, load_images
+from utils.errors import UserError
+from utils.seed import generator
+
+
+def test_plain_batches_are_the_images_in_order(images):
+    labels = torch.arange(8)
+    batches = list(Batches(TensorImages(images, labels), 3, "cpu"))
+    assert [len(y) for _, y in batches] == [3, 3, 2]
+    assert torch.equal(torch.cat([x for x, _ in batches]), images.permute(0, 3, 1, 2) / 255)
+    assert torch.equal(torch.cat([y for _, y in batches]), labels)
+    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def crops_equal_to(image, original):
+    """(row, column, flipped) of every crop of the padded original, flipped or not, that is the image."""
+    padded = torch.zeros(3, 16, 16)
+    padded[:, 4:12, 4:12] = original.permute(2, 0, 1) / 255
+    places = [(row, column) for row in range(9) for column in range(9)]
+    crops = {place: padded[:, place[0] : place[0] + 8, place[1] : place[1] + 8] for place in places}
+    straight = [(*place, False) for place in places if torch.equal(image, crops[place])]
+    return straight + [(*place, True) for place in places if torch.equal(image, crops[place].flip(2))]
+
+
+def test_augmented_batches_are_crops_and_flips_of_the_padded_image(images):
+    batches = Batches(TensorImages(images, torch.arange(8)), 8, "cpu", shuffle=True, padding=4, rng=generator(1, ""))
+    seen = set()
+    for _ in range(20):
+        for batch, labels in batches:
+            for image, label in zip(batch, labels, strict=True):
+                matches = crops_equal_to(image, images[label])
+                assert matches
+                seen.update(matches)
+    assert {flipped for *_, flipped in seen} == {False, True}
+    assert {row for row, *_ in seen} == {column for _, column, _ in seen} == set(range(9))
+
+
+def test_an_epoch_has_every_image_once_in_a_new_order(images):
+    batches = Batches(TensorImages(images, torch.arange(8)), 3, "cpu", shuffle=True, rng=generator(1, "order"))
+    first, second = (torch.cat([y for _, y in batches]).tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+
+
+def test_drop_last(images):
+    batches = Batches(TensorImages(images, torch.arange(8)), 3, "cpu", drop_last=True)
+    assert len(batches) == len(list(batches)) == 2
+
+
+def test_clean_split_is_a_random_share_fixed_by_the_seed(images):
+    splits = [DatasetCL(images, torch.arange(8), 0.5, generator(seed, "split")) for seed in (1, 1, 2)]
+    assert all(len(set(split.index.tolist())) == 4 for split in splits)
+    assert torch.equal(splits[0].index, splits[1].index)
+    assert not torch.equal(splits[0].index, splits[2].index)
+    assert torch.equal(splits[0].images, images[splits[0].index])
+    assert torch.equal(splits[0].labels, splits[0].index)
+    image, label = splits[0][0]
+    assert torch.equal(image, images[label].permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.1, 0.1])
+def test_a_split_without_images_or_beyond_the_set_is_refused(images, ratio):
+    with pytest.raises(UserError):
+        DatasetCL(images, torch.arange(8), ratio, generator(1, "split"))
+
+
+def options(*words):
+    return config.parse("main.py", [*words])[0]
+
+
+def test_shapes_are_the_same_each_time_and_balanced():
+    first, second = (
+        load_images(options("--dataset", "shapes"), "test"),
+        load_images(options("--dataset", "shapes"), "test"),
+    )
+    assert torch.equal(first.images, second.images)
+    assert first.images.shape == (2000, 32, 32, 3)
+    assert first.labels.bincount().tolist() == [200] * 10
+
+
+def test_a_folder_of_pictures(tmp_path):
+    for split in ("train", "test"):
+        for label, colour in enumerate(((255, 0, 0), (0, 0, 255))):
+            folder = tmp_path / split / f"class{label}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (20 + label, 10), colour).save(folder / "a.png")
+    opt = options("--dataset", "folder", "--data_root", str(tmp_path), "--image_size", "6")
+    data = load_images(opt, "train")
+    assert data.classes == ["class0", "class1"]
+    assert data.images.shape == (2, 6, 6, 3)
+    assert data.images[:, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
+    with pytest.raises(UserError, match="--num_class 1 is too few"):
+        load_images(argparse.Namespace(**{**vars(opt), "num_class": 1}), "train")
+
+
+def test_missing_data_says_where_to_put_it_and_names_the_set_that_needs_none(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", no_network)
+    with pytest.raises(UserError, match=r"--data_root or MCL_DATA_ROOT.*--dataset shapes"):
+        load_images(options("--data_root", str(tmp_path)), "train")
+
+
+def test_cifar10_is_whole(cifar_root):
+    data = load_images(options("--data_root", cifar_root), "test")
+    assert data.images.shape == (10_000, 32, 32, 3)
+    assert data.labels.bincount().tolist() == [1000] * 10
+    assert data.classes[5] == "dog"

@@ -1,0 +1,86 @@
+"""Trigger inversion: its formulas by hand, and a planted backdoor found."""
+
+import math
+
+import pytest
+import torch
+
+from defenses.inversion import Trigger, invert_trigger, pattern_of, size_of
+
+CPU = torch.device("cpu")
+
+
+def test_pattern_is_the_clamped_plus_less_the_clamped_minus():
+    plus, minus = torch.tensor([[[-1.0, 0.25, 2.0]]]), torch.tensor([[[0.5, 0.5, -3.0]]])
+    assert pattern_of(plus, minus).tolist() == [[[-0.5, -0.25, 1.0]]]
+
+
+def test_size_by_hand():
+    plus = torch.tensor([[[0.0, 5.0]], [[10.0, -5.0]]])  # two channels, two pixels; the larger are 10 and 5
+    minus = torch.zeros(2, 1, 2)
+    expected = (math.tanh(1.0) / 2 + 0.5) + (math.tanh(0.5) / 2 + 0.5) + 0.5 + 0.5
+    assert size_of(plus, minus).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_trigger_counts_its_pixels_and_stays_in_range():
+    pattern = torch.zeros(3, 2, 2)
+    pattern[0, 0, 0], pattern[2, 0, 0], pattern[1, 1, 1] = 0.5, -0.25, 1.0
+    trigger = Trigger(pattern, 1.0)
+    assert (trigger.pixels, trigger.l1) == (2, 1.75)
+    stamped = trigger.stamp(torch.full((1, 3, 2, 2), 0.75))
+    assert stamped[0, 0, 0, 0] == 1.0
+    assert stamped[0, 2, 0, 0] == 0.5
+    assert stamped[0, 1, 0, 1] == 0.75
+
+
+class Planted(torch.nn.Module):
+    """A victim that says 1 where its first pixel is red without green, and 0 elsewhere."""
+
+    def forward(self, x):
+        evidence = 20 * (x[:, 0, 0, 0] - x[:, 1, 0, 0] - 0.5)
+        return torch.stack([torch.zeros_like(evidence), evidence], dim=1)
+
+
+class Deaf(torch.nn.Module):
+    """A model that no image moves."""
+
+    def forward(self, x):
+        return torch.stack([x.sum((1, 2, 3)) * 0 + 1, x.sum((1, 2, 3)) * 0], dim=1)
+
+
+@pytest.fixture
+def batches():
+    rng = torch.Generator().manual_seed(0)
+    return [(torch.rand(16, 3, 6, 6, generator=rng), torch.zeros(16, dtype=torch.int64)) for _ in range(4)]
+
+
+def invert(victim, batches, **settings):
+    rng = torch.Generator().manual_seed(1)
+    return invert_trigger(victim, batches, 1, CPU, rng, **{"steps": 60, "batches_per_step": 4, **settings})
+
+
+def test_the_planted_pixel_is_found_and_little_else(batches):
+    trigger = invert(Planted(), batches)
+    assert trigger.hit_rate >= 0.9
+    assert trigger.pixels <= 3
+    assert trigger.pattern[0, 0, 0] > 0.3 or trigger.pattern[1, 0, 0] < -0.3
+    answers = torch.cat([Planted()(trigger.stamp(images)).argmax(1) for images, _ in batches])
+    assert (answers == 1).float().mean() >= 0.9
+
+
+def test_no_pattern_is_said_and_never_an_empty_one(batches):
+    assert invert(Deaf(), batches) is None
+
+
+def test_each_step_is_told_and_the_best_never_grows(batches):
+    told = []
+    invert(Planted(), batches, steps=30, tell=lambda step, hit_rate, best: told.append((step, hit_rate, best)))
+    assert [step for step, *_ in told] == list(range(1, len(told) + 1))
+    pixels = [best.pixels for *_, best in told if best]
+    assert pixels == sorted(pixels, reverse=True)
+
+
+def test_images_of_the_target_itself_do_not_count(batches):
+    with_target = [(torch.cat([x, x]), torch.cat([y, y + 1])) for x, y in batches]
+    alone, mixed = invert(Planted(), batches), invert(Planted(), with_target)
+    assert torch.equal(alone.pattern, mixed.pattern)
