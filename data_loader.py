@@ -114,7 +114,7 @@ class Batches:
 
     Args:
         shuffle: a new order each epoch.
-        padding: random flips, and crops of the image with so many pixels of black around it; None: the images as they are.
+        padding: random flips and crops, with so many pixels of black around the image; None: the images as they are.
         rng: where order, crops and flips come from.
         drop_last: leave out a last batch that is not full.
     """
