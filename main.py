@@ -8,9 +8,6 @@ Prints ACC and ASR before and after; writes weight/<name>.tar and results/<name>
 """
 
 import os
-import sys
-
-from tqdm import tqdm
 
 import config
 from attacks import Attack
@@ -40,14 +37,15 @@ def main():
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         victim, attack, facts = load_victim(opt, given, path, len(test_set.classes), device)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
+        if opt.defense == "mcl":
+            target = choose_target(opt, attack)
+            split = get_clean_split(opt, train_set, attack, device)
     print(f"victim {path}: {facts['arch']}, {attack.describe()}")
     with clock("evaluate"):
         before = evaluate(victim, test, attack, device)
 
     student, trigger, after = None, None, None
     if opt.defense == "mcl":
-        target = choose_target(opt, attack)
-        split = get_clean_split(opt, train_set, attack, device)
         print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images; target {target}")
         watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq)
         student, trigger, history = run_mcl(opt, victim, split, target, watch, device, clock)
@@ -57,6 +55,7 @@ def main():
         write_csv(os.path.join(results, "history.csv"), history)
         print(f"purified: {purified}")
 
+    print()
     print(published_table(opt.dataset, before, after), figures_table(test_set.classes, before, after), sep="\n\n")
     write_json(
         os.path.join(results, "metrics.json"),
@@ -107,62 +106,64 @@ def load_victim(opt, given, path, classes, device):
 
 
 def run_mcl(opt, victim, split, target, watch, device, clock):
-    """The paper's steps: f_F, the inverted trigger, the student. Returns the student, the trigger and the history."""
-    training = {name: getattr(opt, name) for name in ("schedule", "momentum", "weight_decay", "precision", "ema")}
-    mirror = opt.augment == "crop_flip"
-    positive = victim
-    if opt.positive == "finetuned":
-        with clock("finetune"):
-            size = {"epochs": opt.finetune_epochs, "lr": opt.finetune_lr}
-            positive = finetune(victim, split.training, device, mirror=mirror, **size, **training)
+    """The steps of the paper: f_F, the inverted trigger, the student. Returns the student, the trigger, the history."""
+    with clock("finetune"):
+        positive = make_positive(opt, victim, split, device)
     with clock("inversion"):
-        trigger = invert(opt, victim, split, target, device)
+        trigger = make_trigger(opt, victim, split, target, device)
+    print(f"inverted trigger: {trigger.pixels} pixels, L1 {trigger.l1:.1f}, hit rate {trigger.hit_rate:.1%}")
     with clock("purify"):
-        student, history = purify(
-            victim,
-            positive,
-            trigger,
-            split.training,
-            device,
-            temperature=opt.temperature,
-            clean_weight=opt.clean_weight,
-            mirror=mirror,
-            target=target if opt.contrast == "others" else None,
-            epochs=opt.epochs,
-            lr=opt.lr,
-            watch=watch,
-            **training,
-        )
+        student, history = make_student(opt, victim, positive, trigger, split, target, watch, device)
     return student, trigger, history
 
 
-def invert(opt, victim, split, target, device):
-    """The smallest pattern that makes the victim say `target`; none found ends the run."""
-    steps = opt.inversion_steps
-    with tqdm(total=steps, desc="invert", unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+def make_positive(opt, victim, split, device):
+    """Whose clean features are z+: f_F, or the victim itself, as in the paper's own code."""
+    if opt.positive == "backdoored":
+        return victim
+    size = {"epochs": opt.finetune_epochs, "lr": opt.finetune_lr}
+    return finetune(victim, split.training, device, mirror=mirrors(opt), **size, **sgd(opt))
 
-        def tell(step, hit_rate, best):
-            bar.update()
-            bar.set_postfix(hit_rate=f"{hit_rate:.1%}", pixels=best and best.pixels)
 
-        trigger = invert_trigger(
-            victim,
-            split.plain,
-            target,
-            device,
-            generator(opt.seed, "inversion"),
-            steps=steps,
-            batches_per_step=opt.inversion_batches,
-            precision=opt.precision,
-            tell=tell,
-        )
+def make_trigger(opt, victim, split, target, device):
+    """The smallest pattern that makes the victim say `target`; where there is none, the run ends."""
+    rng, budget = generator(opt.seed, "inversion"), (opt.inversion_steps, opt.inversion_batches)
+    trigger = invert_trigger(victim, split.plain, target, device, rng, *budget, opt.precision)
     if trigger is None:
         raise RunError(
-            f"no pixel pattern turns {HIT_RATE:.0%} of the clean images into label {target}: it has no backdoor "
-            f"that a pattern expresses, or --inversion_steps {steps} is too few; the model was left as it is"
+            f"no pixel pattern turns {HIT_RATE:.0%} of the clean images into label {target}: it has no backdoor that a "
+            f"pattern expresses, or --inversion_steps {opt.inversion_steps} is too few; nothing was purified"
         )
-    print(f"inverted trigger: {trigger.pixels} pixels, L1 {trigger.l1:.1f}, hit rate {trigger.hit_rate:.1%}")
     return trigger
+
+
+def make_student(opt, victim, positive, trigger, split, target, watch, device):
+    """f_S and the history of its training."""
+    return purify(
+        victim,
+        positive,
+        trigger,
+        split.training,
+        device,
+        temperature=opt.temperature,
+        clean_weight=opt.clean_weight,
+        mirror=mirrors(opt),
+        target=target if opt.contrast == "others" else None,
+        epochs=opt.epochs,
+        lr=opt.lr,
+        watch=watch,
+        **sgd(opt),
+    )
+
+
+def mirrors(opt):
+    """Whether the teachers answer for the mirror image too: where the clean split is flipped, they are asked both."""
+    return opt.augment == "crop_flip"
+
+
+def sgd(opt):
+    """What fine-tuning and purification have in common."""
+    return {name: getattr(opt, name) for name in ("schedule", "momentum", "weight_decay", "precision", "ema")}
 
 
 def choose_target(opt, attack):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.device import autocast
+from utils.report import progress_bar
 
 HIT_RATE = 0.9  # a pattern counts from this share of images predicted as the target
 PATIENCE = 10  # steps in a row above or below it before the weight of the size moves
@@ -47,7 +48,7 @@ def size_of(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
     return sum((torch.tanh(v / 10) / (2 - 1e-7) + 0.5).amax(0).sum() for v in (plus, minus))
 
 
-def invert_trigger(victim, batches, target, device, rng, *, steps, batches_per_step, precision="fp32", tell=None):
+def invert_trigger(victim, batches, target, device, rng, steps, batches_per_step, precision="fp32"):
     """Find the smallest pattern d with f_B(clamp(x + d, 0, 1)) = target.
 
     Minimises CE(f_B(x'), target) + c * R with Adam; c rises while the pattern works and falls while it does not.
@@ -59,7 +60,6 @@ def invert_trigger(victim, batches, target, device, rng, *, steps, batches_per_s
         rng: where the first p and q come from, U[0, 1).
         steps: at most so many, of `batches_per_step` updates each; the search ends sooner once STALLED of them have
             found no smaller pattern than the best.
-        tell: called after each step with the step (from 1), its hit rate 0..1 and the best Trigger so far or None.
 
     Returns:
         the best Trigger, or None where no step reached a hit rate of 0.9: there is no such pattern.
@@ -70,34 +70,37 @@ def invert_trigger(victim, batches, target, device, rng, *, steps, batches_per_s
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
     best, best_size = None, float("inf")
     weight, above, below, stalled = 1e-3, 0, 0, 0
-    for step in range(1, steps + 1):
-        hits, seen, sizes = torch.zeros((), device=device), 0, torch.zeros((), device=device)
-        for images, labels in itertools.islice(stream, batches_per_step):
-            images = images[labels != target]
-            wanted = labels.new_full((len(images),), target)
-            with autocast(device, precision):
-                logits = victim((images + pattern_of(plus, minus)).clamp(0, 1))
-                size = size_of(plus, minus)
-                loss = F.cross_entropy(logits, wanted) + weight * size
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            hits, seen, sizes = hits + (logits.argmax(1) == target).sum(), seen + len(images), sizes + size.detach()
-        hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
+    with progress_bar("invert", steps, "step") as bar:
+        for _ in range(steps):
+            hits, seen, sizes = torch.zeros((), device=device), 0, torch.zeros((), device=device)
+            for images, labels in itertools.islice(stream, batches_per_step):
+                images = images[labels != target]
+                if not len(images):
+                    continue
+                wanted = labels.new_full((len(images),), target)
+                with autocast(device, precision):
+                    logits = victim((images + pattern_of(plus, minus)).clamp(0, 1))
+                    size = size_of(plus, minus)
+                    loss = F.cross_entropy(logits, wanted) + weight * size
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                hits, seen, sizes = hits + (logits.argmax(1) == target).sum(), seen + len(images), sizes + size.detach()
+            hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
 
-        stalled += 1
-        if hit_rate >= HIT_RATE and size < best_size:
-            found = pattern_of(plus, minus).detach()
-            found = Trigger(torch.where(found.abs() < VISIBLE, 0.0, found), hit_rate)
-            if best is None or found.pixels < best.pixels:
-                best, best_size, stalled = found, size, 0
-        above, below = (above + 1, 0) if hit_rate >= HIT_RATE else (0, below + 1)
-        if above == PATIENCE:
-            weight, above = weight * RAISE, 0
-        if below == PATIENCE:
-            weight, below = weight / LOWER, 0
-        if tell:
-            tell(step, hit_rate, best)
-        if best and stalled == STALLED:
-            break
+            stalled += 1
+            if hit_rate >= HIT_RATE and size < best_size:
+                found = pattern_of(plus, minus).detach()
+                found = Trigger(torch.where(found.abs() < VISIBLE, 0.0, found), hit_rate)
+                if best is None or found.pixels < best.pixels:
+                    best, best_size, stalled = found, size, 0
+            above, below = (above + 1, 0) if hit_rate >= HIT_RATE else (0, below + 1)
+            if above == PATIENCE:
+                weight, above = weight * RAISE, 0
+            if below == PATIENCE:
+                weight, below = weight / LOWER, 0
+            bar.update()
+            bar.set_postfix(hit_rate=f"{hit_rate:.1%}", pixels=best and best.pixels)
+            if best and stalled == STALLED:
+                break
     return best

@@ -19,15 +19,14 @@ import torch
 
 import config
 from data_loader import get_clean_split, get_eval_set, load_images
-from main import choose_target, load_victim, run_mcl
+from main import choose_target, load_victim, make_positive, make_student, make_trigger
 from utils.device import pick_device
 from utils.errors import run_script
 from utils.files import write_csv, write_file
 from utils.metrics import evaluate
-from utils.report import Stopwatch
 
 HELD_OUT = 6_000
-WEIGHTS = (1.0, 2.0, 4.0, 6.0, 9.0, 14.0)
+WEIGHTS = (2.0, 4.0, 7.0, 11.0, 16.0)
 PUBLISHED = (
     "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps "
     "--epochs 20 --temperature 0.5"
@@ -36,40 +35,39 @@ FOLDER = os.path.dirname(__file__)
 
 
 def main():
-    rows = []
-    for weight in WEIGHTS:
-        rows += measure([*sys.argv[1:], "--clean_weight", str(weight)], f"{weight:g}")
-    rows += measure([*sys.argv[1:], *PUBLISHED.split()], "published recipe")
-    write_csv(os.path.join(FOLDER, "trade.csv"), rows)
-    draw(rows, os.path.join(FOLDER, "trade.png"))
-
-
-def measure(words, recipe):
-    """Purify the victim with these options of main.py; a row for the held-out images and one for the test images."""
-    opt, given = config.parse("main.py", words)
+    opt, given = config.parse("main.py")
     device = pick_device(opt.device)
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
     victim, attack, _ = load_victim(opt, given, opt.model, len(test_set.classes), device)
-    split = get_clean_split(opt, train_set, attack, device)
-    student, _, _ = run_mcl(opt, victim, split, choose_target(opt, attack), None, device, Stopwatch())
+    target, split = choose_target(opt, attack), get_clean_split(opt, train_set, attack, device)
     others = torch.ones(len(train_set.labels), dtype=torch.bool)
     others[split.index] = False
     held_out = others.nonzero()[:HELD_OUT, 0]
     sets = {
-        "held-out": (train_set.images[held_out].flip(2), train_set.labels[held_out]),
-        "test": (test_set.images, test_set.labels),
+        "held-out": get_eval_set(train_set.images[held_out].flip(2), train_set.labels[held_out], attack, device),
+        "test": get_eval_set(test_set.images, test_set.labels, attack, device),
     }
     rows = []
-    for name, (images, labels) in sets.items():
-        figures = evaluate(student, get_eval_set(images, labels, attack, device), attack, device)
-        target_class = figures.pop("per_class")[attack.target_label]
-        rows.append({"recipe": recipe, "seed": opt.seed, "images": name, **figures, "target_class": target_class})
-        print(
-            ", ".join(
-                f"{key} {value:.2f}" if isinstance(value, float) else str(value) for key, value in rows[-1].items()
-            )
-        )
-    return rows
+
+    def measure(model, recipe):
+        for images, eval_set in sets.items():
+            figures = evaluate(model, eval_set, attack, device)
+            target_class = figures.pop("per_class")[target]
+            rows.append({"recipe": recipe, "seed": opt.seed, "images": images, **figures, "target_class": target_class})
+            print(*(f"{value:.2f}" if isinstance(value, float) else value for value in rows[-1].values()), sep="  ")
+
+    measure(victim, "victim")
+    positive, trigger = make_positive(opt, victim, split, device), make_trigger(opt, victim, split, target, device)
+    for weight in WEIGHTS:
+        opt.clean_weight = weight
+        student, _ = make_student(opt, victim, positive, trigger, split, target, None, device)
+        measure(student, f"{weight:g}")
+    opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
+    split = get_clean_split(opt, train_set, attack, device)
+    student, _ = make_student(opt, victim, victim, trigger, split, target, None, device)
+    measure(student, "published recipe")
+    write_csv(os.path.join(FOLDER, "trade.csv"), rows)
+    draw(rows, os.path.join(FOLDER, "trade.png"))
 
 
 def draw(rows, path):
@@ -78,7 +76,7 @@ def draw(rows, path):
     columns = {"target_class": "accuracy on the target class, %", "acc_published": "ACC without the target class, %"}
     for panel, (column, told) in zip(panels, columns.items(), strict=True):
         for images, colour in (("held-out", "tab:blue"), ("test", "tab:orange")):
-            swept = [row for row in rows if row["images"] == images and row["recipe"] != "published recipe"]
+            swept = [row for row in rows if row["images"] == images and row["recipe"].isdecimal()]
             panel.plot([row[column] for row in swept], [row["asr"] for row in swept], "o-", color=colour, label=images)
             for row in swept:
                 place = (row[column], row["asr"])

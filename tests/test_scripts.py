@@ -7,7 +7,12 @@ import os
 import pytest
 import torch
 
-VICTIM = ("--dataset", "shapes", "--arch", "WRN-10-1", "--epochs", 8, "--print_freq", 0, "--device", "cpu")
+# A trigger of 25 pixels and a fifth of the images poisoned: small enough a training for a test, and still a backdoor.
+VICTIM = (
+    *("--dataset", "shapes", "--arch", "WRN-10-1", "--device", "cpu", "--print_freq", 0),
+    *("--epochs", 6, "--lr", 0.1, "--batch_size", 64, "--inject_portion", 0.2),
+    *("--trigger_type", "squareTrigger", "--trig_w", 5, "--trig_h", 5),
+)
 DEFENSE = ("--dataset", "shapes", "--device", "cpu", "--ratio", 0.1)
 
 

@@ -1,12 +1,14 @@
 """What a run tells: how long its parts took, its tables, and the versions behind its numbers."""
 
 import platform
+import sys
 import time
 from contextlib import contextmanager
 
 import numpy
 import torch
 import torchvision
+from tqdm import tqdm
 
 FIGURES = {
     "acc": "ACC   all classes",
@@ -32,6 +34,11 @@ class Stopwatch:
     def read(self) -> dict[str, float]:
         """Seconds of every part so far, and in total."""
         return self.seconds | {"total": time.perf_counter() - self.start}
+
+
+def progress_bar(title: str, total: int, unit: str) -> tqdm:
+    """A bar on stderr while something takes long, on a terminal only."""
+    return tqdm(total=total, desc=title, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
 
 def versions() -> dict[str, str]:

@@ -1,16 +1,15 @@
 """The one training loop: victims, fine-tuning and purification differ only in the loss they hand it."""
 
 import math
-import sys
 import time
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from utils.device import autocast
 from utils.errors import RunError
+from utils.report import progress_bar
 
 # name -> schedule of a whole run of n steps, all scaled from --lr: the peak, the start, the first step.
 SCHEDULES = {
@@ -54,7 +53,7 @@ def train(
     scheduler = SCHEDULES[schedule](optimizer, lr, steps)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
     history = []
-    with tqdm(total=steps, desc=title, unit="batch", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with progress_bar(title, steps, "batch") as bar:
         for epoch in range(1, epochs + 1):
             start, rate = time.perf_counter(), scheduler.get_last_lr()[0]
             model.train()
