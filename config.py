@@ -6,12 +6,12 @@ import sys
 
 DATASETS = ["CIFAR10", "CIFAR100", "GTSRB", "folder", "shapes"]
 SCHEDULES = ["onecycle", "cosine", "steps"]
-DATA_ROOT = os.environ.get("MCL_DATA_ROOT", "data")
+DATA_ROOT = os.environ.get("MCL_DATA_ROOT") or "data"
 
 
 def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
     """The parser of "main.py" or "train_badnet.py", each with just the options that it uses."""
-    parser = OneLineParser(prog=script, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(prog=script, formatter_class=DefaultsShown)
     if script == "main.py":
         _add_defense(parser)
     else:
@@ -56,7 +56,7 @@ def _add_training(parser):
 
 def _add_defense(parser):
     add = parser.add_argument_group("defense").add_argument
-    add("--model", help="the victim's checkpoint (default: <checkpoint_root>/<dataset>/WRN-16-1-badnet.pth.tar)")
+    add("--model", help="the victim's checkpoint (default: weight/<dataset>/WRN-16-1-badnet.pth.tar)")
     add("--defense", default="mcl", choices=["mcl", "none"], help="none only measures the model")
     add("--target", type=int, help="the label the defender works against (default: the attack's)")
     add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
@@ -116,6 +116,13 @@ def parse(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespac
     if unused and getattr(options, "defense", None) == "none":
         parser.error(f"--{min(unused)} does not apply with --defense none, which only measures")
     return options, given
+
+
+class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with each default behind it, but for those whose help says what happens without them."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):

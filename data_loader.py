@@ -209,7 +209,7 @@ def _fetch(opt, dataset, **arguments):
         raise UserError(
             f"{opt.dataset} is not whole in {opt.data_root!r} and could not be downloaded ({error}); put torchvision's "
             f"{opt.dataset} files there, or say where they are with --data_root or MCL_DATA_ROOT, "
-            f"or take the built-in set: --dataset shapes"
+            f"or take the built-in set, which needs none: --dataset shapes"
         ) from None
     finally:
         socket.setdefaulttimeout(patience)
@@ -222,7 +222,10 @@ def _resize(size):
 def _decode(dataset):
     """Read every picture of a torchvision data set once, with workers, into one uint8 tensor."""
     loader = DataLoader(dataset, batch_size=256, num_workers=min(8, os.cpu_count() or 1))
-    images, labels = zip(*loader, strict=True)
+    try:
+        images, labels = zip(*loader, strict=True)
+    except OSError as error:  # Pillow's word for a picture that is none; a worker puts its own traceback before it
+        raise UserError(f"a picture cannot be read: {str(error).strip().splitlines()[-1]}") from None
     return torch.cat(images).permute(0, 2, 3, 1).contiguous(), torch.cat(labels)
 
 

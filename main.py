@@ -27,7 +27,7 @@ from utils.seed import generator
 def main():
     opt, given = config.parse("main.py")
     device, clock = pick_device(opt.device), Stopwatch()
-    path = opt.model or os.path.join(opt.checkpoint_root, opt.dataset, "WRN-16-1-badnet.pth.tar")
+    path = victim_path(opt)
     name = opt.name or f"{opt.dataset}-{os.path.basename(path).split('.')[0]}-{opt.defense}"
     results, purified = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
     check_folder(results)
@@ -75,6 +75,11 @@ def main():
             "versions": versions(),
         },
     )
+
+
+def victim_path(opt):
+    """--model, else the data set's shipped victim, wherever the script is run from."""
+    return opt.model or os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-badnet.pth.tar")
 
 
 # What a checkpoint may state, and the options that say it where it does not.

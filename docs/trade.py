@@ -19,7 +19,7 @@ import torch
 
 import config
 from data_loader import get_clean_split, get_eval_set, load_images
-from main import choose_target, load_victim, make_positive, make_student, make_trigger
+from main import choose_target, load_victim, make_positive, make_student, make_trigger, victim_path
 from utils.device import pick_device
 from utils.errors import run_script
 from utils.files import write_csv, write_file
@@ -38,7 +38,7 @@ def main():
     opt, given = config.parse("main.py")
     device = pick_device(opt.device)
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
-    victim, attack, _ = load_victim(opt, given, opt.model, len(test_set.classes), device)
+    victim, attack, _ = load_victim(opt, given, victim_path(opt), len(test_set.classes), device)
     target, split = choose_target(opt, attack), get_clean_split(opt, train_set, attack, device)
     others = torch.ones(len(train_set.labels), dtype=torch.bool)
     others[split.index] = False

@@ -98,6 +98,12 @@ def test_a_folder_of_pictures(tmp_path):
     assert data.classes == ["class0", "class1"]
     assert data.images.shape == (2, 6, 6, 3)
     assert data.images[:, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
+    (tmp_path / "train" / "class0" / "b.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="a picture cannot be read: .*b.png"):
+        load_images(opt, "train")
+    with pytest.raises(UserError, match="needs pictures in"):
+        load_images(argparse.Namespace(**{**vars(opt), "data_root": "nowhere"}), "test")
+    (tmp_path / "train" / "class0" / "b.png").unlink()
     with pytest.raises(UserError, match="--num_class 1 is too few"):
         load_images(argparse.Namespace(**{**vars(opt), "num_class": 1}), "train")
 
