@@ -1,6 +1,7 @@
 """Checkpoints: a network's weights, and beside them all that is needed to use and to measure it."""
 
 import os
+import warnings
 
 import torch
 
@@ -34,7 +35,9 @@ def read_checkpoint(path: str) -> dict:
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint at {path}; train one with train_badnet.py or name one with --model")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch remarks on odd pickles, the refusal below says in one line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - whatever a strange file makes the unpickler raise
         raise UserError(f"{path} is not a checkpoint that can be read safely ({_first_line(error)})") from None
     if not isinstance(content, dict):
