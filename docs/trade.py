@@ -2,9 +2,10 @@
 
     python -m docs.trade --model FILE       writes docs/trade.csv and docs/trade.png
 
-Takes main.py's options. For each temperature the victim is purified as main.py does it, and measured on 6,000 training images outside the clean
-split, mirrored: a victim trained without flips knows its training images by heart, but not their mirror images, on
-which it errs about as often as on test images. The test set is measured beside it, for the published point's sake.
+Takes main.py's options. For each temperature the victim is purified as main.py does it, and measured on 6,000 training
+images outside the clean split, mirrored: a victim trained without flips knows its training images by heart, but not
+their mirror images, on which it errs about as often as on test images. The test set is measured beside it, for the
+published point's sake.
 """
 
 import os
