@@ -26,7 +26,7 @@ from utils.files import write_csv, write_file
 from utils.metrics import evaluate
 
 HELD_OUT = 6_000
-TEMPERATURES = (0.4, 0.2, 0.12, 0.08)
+TEMPERATURES = (0.4, 0.2, 0.15, 0.1)
 PUBLISHED = (
     "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps "
     "--epochs 20 --temperature 0.5"
