@@ -85,7 +85,18 @@ def test_the_purified_weights_measure_what_was_reported(script, folder, purified
 
 
 def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
-    short = (*DEFENSE, *places(folder), "--model", victim, "--epochs", 1, "--finetune_epochs", 1)
+    short = (
+        *DEFENSE,
+        *places(folder),
+        "--model",
+        victim,
+        "--epochs",
+        1,
+        "--finetune_epochs",
+        1,
+        "--inversion_steps",
+        20,
+    )
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert script("main.py", *short, "--seed", seed, "--name", name).returncode == 0
     runs = [metrics_of(folder, name) for name in "abc"]
@@ -98,6 +109,7 @@ def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
 
 def test_the_published_recipe_is_reachable(script, folder, victim):
     words = "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps --epochs 1"
+    words += " --inversion_steps 20"
     done = script("main.py", *DEFENSE, *places(folder), "--model", victim, "--name", "published", *words.split())
     assert done.returncode == 0, done.stderr
     assert metrics_of(folder, "published")["trigger"]["hit_rate"] >= 90
