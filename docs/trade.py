@@ -78,14 +78,17 @@ def draw(rows, path):
         for images, colour in (("held-out", "tab:blue"), ("test", "tab:orange")):
             swept = [row for row in rows if row["images"] == images and row["recipe"][0].isdigit()]
             panel.plot([row[column] for row in swept], [row["asr"] for row in swept], "o-", color=colour, label=images)
-            for row in swept:
+            for i, row in enumerate(swept):
                 place = (row[column], row["asr"])
-                panel.annotate(row["recipe"], place, (4, 4), textcoords="offset points", fontsize=8, color=colour)
+                panel.annotate(
+                    row["recipe"], place, (5, 4 if i % 2 else -11), textcoords="offset points", fontsize=8, color=colour
+                )
         for row in rows:
             if row["recipe"] == "published recipe" and row["images"] == "test":
                 panel.plot(row[column], row["asr"], "s", color="tab:red", label="published recipe, run here, test")
         panel.set_xlabel(told)
         panel.grid(alpha=0.3)
+        panel.margins(0.12)
     panels[1].plot(82.29, 1.92, "*", color="black", markersize=11, label="as published, test")
     panels[0].set_ylabel("ASR, %")
     panels[1].legend(fontsize=8)
