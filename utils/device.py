@@ -42,20 +42,6 @@ def _keep_freed_memory():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 itself, rather than emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """auto, fp32 or bf16 -> fp32 or bf16; auto takes bf16 where the hardware has it."""
-    if name != "auto":
-        return name
-    return "bf16" if has_fast_bf16(device) else "fp32"
-
-
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context in which convolutions and matrix products run in `precision`; weights and losses stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
