@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from utils.errors import nearest
+
 DATASETS = ["CIFAR10", "CIFAR100", "GTSRB", "folder", "shapes"]
 SCHEDULES = ["onecycle", "cosine", "steps"]
 DATA_ROOT = os.environ.get("MCL_DATA_ROOT") or "data"
@@ -52,6 +54,7 @@ def _add_training(parser):
     add("--schedule", default="onecycle", choices=SCHEDULES, help="scaled from --lr and --epochs")
     add("--momentum", type=decay, default=0.9, help="of SGD, Nesterov's form")
     add("--weight_decay", type=zero_or_more, default=5e-4, help="of SGD")
+    add("--resume", action="store_true", help="go on after the last whole epoch of this command's stopped run")
 
 
 def _add_defense(parser):
@@ -126,7 +129,20 @@ class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line and exit code 2."""
+    """An ArgumentParser whose complaints are one line, with the nearest valid name, and exit code 2."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = nearest(unknown[0], self._option_string_actions) if unknown[0].startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return namespace, unknown
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(action.choices)
+            hint = nearest(value, action.choices)
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {known})")
 
     def error(self, message):
         self.exit(2, f"error: {message} (see python {self.prog} --help)\n")

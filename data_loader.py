@@ -259,15 +259,16 @@ def get_attack(opt, num_class: int) -> Attack:
     return Attack(opt.trigger_type, opt.target_type, opt.target_label, num_class, rate, sizes)
 
 
-def get_backdoor_loader(opt, train: ImageSet, attack: Attack, device) -> tuple[Batches, EvalSet]:
-    """The attacker's training batches, cropped and flipped, and a small set to watch the training by: the first 1,000
-    training images."""
+def get_backdoor_loader(opt, train: ImageSet, attack: Attack, device) -> tuple[Batches, EvalSet, torch.Tensor]:
+    """The attacker's training batches, cropped and flipped, a small set to watch the training by (the first 1,000
+    training images), and which images are poisoned, (n,) int64 in rising order."""
     poisoned = DatasetBD(train.images, train.labels, attack, "train", generator(opt.seed, "poison"))
     _check_batch(poisoned, opt.batch_size, "the training set")
     rng = generator(opt.seed, "batches")
     batches = Batches(poisoned, opt.batch_size, device, shuffle=True, padding=TRAINING_PADDING, drop_last=True, rng=rng)
     first = slice(WATCHED_IMAGES)
-    return batches, get_eval_set(train.images[first], train.labels[first], attack, device)
+    watched = get_eval_set(train.images[first], train.labels[first], attack, device)
+    return batches, watched, poisoned.poisoned.nonzero()[:, 0]
 
 
 def get_clean_split(opt, train: ImageSet, attack: Attack, device) -> CleanSplit:

@@ -9,13 +9,15 @@ Prints ACC and ASR before and after; writes weight/<name>.tar and results/<name>
 
 import os
 
+import torch
+
 import config
-from attacks import Attack
+from attacks import restore
 from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images
 from defenses.inversion import HIT_RATE, invert_trigger
 from defenses.mcl import finetune, purify
-from models import select_model
-from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from models import recognise, select_model
+from utils.checkpoint import check_fit, load_weights, read_checkpoint, save_checkpoint
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, write_csv, write_json
@@ -35,7 +37,7 @@ def main():
 
     with clock("data"):
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
-        victim, attack, facts = load_victim(opt, given, path, len(test_set.classes), device)
+        victim, attack, facts = load_victim(opt, given, path, test_set, device)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
         if opt.defense == "mcl":
             target = choose_target(opt, attack)
@@ -91,23 +93,34 @@ STATED = {
 }
 
 
-def load_victim(opt, given, path, classes, device):
+def load_victim(opt, given, path, test_set, device):
     """f_B, frozen, with its attack and the facts to save beside purified weights, from the file or else the options."""
     checkpoint = read_checkpoint(path)
     for key, options in STATED.items():
         for name in given.intersection(options):
             if key in checkpoint:
-                raise UserError(f"{path} states its {key}, {checkpoint[key]}; leave out --{name}")
-    arch = checkpoint.get("arch", opt.arch)
+                raise UserError(f"{path} states its {key}; leave out --{name}")
+    arch, classes, weights = checkpoint.get("arch", opt.arch), len(test_set.classes), checkpoint["state_dict"]
     num_class = checkpoint.get("num_class", opt.num_class or classes)
+    with torch.device("meta"):  # shapes alone, before anything is as large as a file says
+        check_fit(select_model(arch, num_class), weights, path, f"{arch} with {num_class} classes", contents(weights))
     if num_class < classes:
         raise UserError(f"{opt.dataset} has {classes} classes, the model {num_class}")
     normalization = checkpoint.get("normalization") or get_normalization(opt)
-    attack = Attack(**checkpoint["attack"]) if "attack" in checkpoint else get_attack(opt, num_class)
+    stated = checkpoint.get("attack")
+    attack = restore(stated, num_class, test_set.images[:1]) if stated is not None else get_attack(opt, num_class)
     victim = select_model(arch, num_class, *normalization)
-    load_weights(victim, checkpoint["state_dict"], path, arch)
+    load_weights(victim, weights, path, arch)
     facts = {"arch": arch, "num_class": num_class, "dataset": opt.dataset, "normalization": normalization}
     return victim.to(device).eval().requires_grad_(False), attack, {**facts, "attack": attack.state()}
+
+
+def contents(weights):
+    """What a state_dict that does not fit seems to hold, and the options that fit it."""
+    arch, num_class = recognise(weights)
+    if arch is None:
+        return f"it holds no architecture known here ({len(weights)} weights, {num_class or 'unknown'} classes)"
+    return f"it seems to hold {arch} with {num_class} classes: --arch {arch} --num_class {num_class}"
 
 
 def run_mcl(opt, victim, split, target, watch, device, clock):
@@ -182,4 +195,4 @@ def choose_target(opt, attack):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "nothing of this run is kept: weights and figures are written at its end")

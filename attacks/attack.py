@@ -77,3 +77,21 @@ class Attack:
     def state(self) -> dict:
         """Plain values for a checkpoint; Attack(**state) is the same attack."""
         return asdict(self)
+
+
+def restore(state, num_class: int, image: torch.Tensor) -> Attack:
+    """The attack that a checkpoint states, tried on a (1, H, W, 3) uint8 image: a stranger's file can state anything.
+
+    Raises:
+        UserError: it is none, belongs to another number of classes, or cannot be stamped on such an image.
+    """
+    try:
+        attack = Attack(**state)
+        if type(attack.target_label) is not int or attack.num_class != num_class:
+            raise UserError(f"no label of {num_class} classes")
+        attack.stamp(image)
+    except UserError as error:
+        raise UserError(f"the checkpoint states an attack that cannot be: {error}") from None
+    except Exception as error:  # noqa: BLE001 - whatever values of the wrong kind make a trigger raise
+        raise UserError(f"the checkpoint states an attack that cannot be: {type(error).__name__} in it") from None
+    return attack

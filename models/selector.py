@@ -8,8 +8,9 @@ from torch import nn
 from models.preact_resnet import PreActResNet18
 from models.resnet import ResNet18
 from models.wresnet import WideResNet
-from utils.errors import UserError
+from utils.errors import UserError, nearest
 
+MOST_CLASSES = 100_000
 RESNETS = {"ResNet18": ResNet18, "PreActResNet18": PreActResNet18}
 
 
@@ -58,14 +59,35 @@ def select_model(arch: str, num_class: int, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0,
         mean, std: the per-channel constants of the normalisation; the defaults leave [0, 1] images as they are.
 
     Raises:
-        UserError: no such architecture.
+        UserError: no such architecture, or one too large to be meant.
     """
-    wide = re.fullmatch(r"WRN-(\d+)-(\d+)", arch)
+    if num_class > MOST_CLASSES:
+        raise UserError(f"{num_class:,} classes are more than any data set here has")
+    wide = re.fullmatch(r"WRN-(\d{1,4})-(\d{1,3})", arch)
     if wide:
         network = WideResNet(int(wide[1]), int(wide[2]), num_class)
     elif arch in RESNETS:
         network = RESNETS[arch](num_class)
     else:
         known = ", ".join(["WRN-16-1 (or any depth and width)", *RESNETS])
-        raise UserError(f"no architecture named {arch!r}; there are {known}")
+        raise UserError(f"no architecture named {arch!r}{nearest(arch, ['WRN-16-1', *RESNETS])}; there are {known}")
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
+
+
+def recognise(weights: dict) -> tuple[str | None, int | None]:
+    """Which architecture a state_dict seems to hold, by its names and shapes alone, and for how many classes.
+
+    Returns:
+        a name for select_model, or None where none of its architectures has such weights; the number of classes, or
+        None where there is no last layer.
+    """
+    head = weights.get("fc.weight", weights.get("linear.weight"))
+    num_class = len(head) if head is not None and head.dim() == 2 else None
+    stem = weights.get("block1.layer.0.conv1.weight")
+    if stem is not None and stem.dim() == 4 and "fc.weight" in weights and len(stem) % 16 == 0:
+        count = sum(re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name) is not None for name in weights)
+        return f"WRN-{6 * count + 4}-{len(stem) // 16}", num_class
+    blocks = [sum(re.fullmatch(rf"layer{i}\.\d+\.conv2\.weight", name) is not None for name in weights) for i in "1234"]
+    if blocks != [2, 2, 2, 2] or "layer1.0.conv3.weight" in weights or "linear.weight" not in weights:
+        return None, num_class
+    return "ResNet18" if "bn1.weight" in weights else "PreActResNet18", num_class

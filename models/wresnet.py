@@ -6,6 +6,8 @@ from torch import nn
 
 from utils.errors import UserError
 
+MOST_WEIGHTS = 5e8  # 2 GB; WRN-28-10 has 4e7
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, each after batch norm and ReLU, around a shortcut."""
@@ -49,7 +51,7 @@ class WideResNet(nn.Module):
         num_class: how many logits.
 
     Raises:
-        UserError: no such depth or width.
+        UserError: no such depth or width, or a network too large to be meant.
     """
 
     def __init__(self, depth, widen_factor, num_class):
@@ -57,6 +59,10 @@ class WideResNet(nn.Module):
         if depth < 10 or (depth - 4) % 6 or widen_factor < 1:
             raise UserError(f"no WRN-{depth}-{widen_factor}: the depth is 6n + 4 (10, 16, 28, 40), the width 1 or more")
         count = (depth - 4) // 6
+        # Two 3x3 convolutions a block, in three groups of 1, 2 and 4 times the width.
+        weights = count * 2 * 9 * (1 + 4 + 16) * (16 * widen_factor) ** 2 + 64 * widen_factor * num_class
+        if weights > MOST_WEIGHTS or depth > 1000:
+            raise UserError(f"a WRN-{depth}-{widen_factor} for {num_class:,} classes would be too large to be meant")
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, padding=1, bias=False)
         self.block1 = NetworkBlock(count, widths[0], widths[1], 1)

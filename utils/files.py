@@ -12,35 +12,41 @@ from utils.errors import RunError, UserError
 def write_file(path: str, write) -> None:
     """Call write(file) on a binary file that becomes `path`, making its folder.
 
-    A kill at any moment leaves the old file or the new one, never half of one.
+    A kill at any moment leaves the old file or the new one, never half of one; what it leaves of the new one,
+    .<name>.part, the next write of the same file replaces.
 
     Raises:
         RunError: the folder or the file cannot be written.
     """
-    folder = os.path.dirname(path) or "."
-    beside = None
+    folder, name = os.path.split(path)
+    beside = os.path.join(folder, f".{name}.part")
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
-            beside = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)  # a temporary file is its owner's alone
-        os.replace(beside, path)
+        os.makedirs(folder or ".", exist_ok=True)
+        try:
+            with open(beside, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            if os.path.exists(beside):
+                os.unlink(beside)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if beside and os.path.exists(beside):
-            os.unlink(beside)
 
 
-def check_folder(path: str) -> None:
+def check_folder(path: str, *files: str) -> None:
     """Make the folder and try it, so that hours of work do not end at a file that cannot be written.
 
+    Args:
+        files: names that are going to be written there.
+
     Raises:
-        UserError: it cannot be made or written.
+        UserError: it cannot be made or written, or one of the files is a folder.
     """
+    for name in files:
+        if os.path.isdir(os.path.join(path, name)):
+            raise UserError(f"cannot write {os.path.join(path, name)}: it is a folder")
     try:
         os.makedirs(path, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

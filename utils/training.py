@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils.device import autocast
-from utils.errors import RunError
+from utils.errors import RunError, UserError
 from utils.report import progress_bar
 
 # name -> schedule of a whole run of n steps, all scaled from --lr: the peak, the start, the first step.
@@ -35,6 +35,9 @@ def train(
     title,
     watch=None,
     ema=0.0,
+    generators=(),
+    resume=None,
+    save=None,
 ) -> list[dict]:
     """Train `model` in place with Nesterov SGD and return a row an epoch: epoch, lr, loss, seconds, what `watch` says.
 
@@ -44,17 +47,25 @@ def train(
         lr: the highest rate of `schedule` (a name in SCHEDULES), which covers exactly epochs * len(batches) steps.
         watch: (model, epoch from 1) -> a dict of figures for the row, or {}; any mode of the model may result.
         ema: the model ends as the exponential moving average of its weights with this decay a step; 0: as the last.
+        generators: the torch.Generators that `batches` and `loss_of` draw from, beside torch's global one.
+        save: called after each epoch with the state of the training: all but the model's weights, which are the
+            caller's to keep with it, as tensors and plain values.
+        resume: a state that `save` was given, and the model has its weights: go on from there, with the same numbers,
+            bit for bit on a CPU, as if there had been no stop.
 
     Raises:
-        RunError: the loss is no longer finite.
+        RunError: the loss or the weights are no longer finite.
+        UserError: the state to resume is not of such a training.
     """
     steps = epochs * len(batches)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
     scheduler = SCHEDULES[schedule](optimizer, lr, steps)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-    history = []
+    parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"average": average} if average else {})
+    history = _restore(resume, parts, generators, epochs) if resume else []
     with progress_bar(title, steps, "batch") as bar:
-        for epoch in range(1, epochs + 1):
+        bar.update(len(history) * len(batches))
+        for epoch in range(len(history) + 1, epochs + 1):
             start, rate = time.perf_counter(), scheduler.get_last_lr()[0]
             model.train()
             total = torch.zeros((), device=device)  # stays there: reading it each step would stall a GPU
@@ -70,16 +81,45 @@ def train(
                 total += loss.detach()
                 bar.update()
             mean_loss = total.item() / len(batches)
-            if not math.isfinite(mean_loss):
-                raise RunError(f"{title}: the loss is no longer finite in epoch {epoch}; lower --lr")
+            if not math.isfinite(mean_loss) or not _is_finite(model):
+                raise RunError(f"{title}: loss or weights are no longer finite in epoch {epoch}; lower --lr")
             row = {"epoch": epoch, "lr": rate, "loss": mean_loss, "seconds": time.perf_counter() - start}
             if watch:
                 row |= watch(average.module if average else model, epoch)
             history.append(row)
             _tell(bar, title, row, epochs)
+            if save:
+                save(_state(parts, generators, history))
     if average:
         model.load_state_dict(average.module.state_dict())
     return history
+
+
+def _state(parts, generators, history):
+    """Everything that the next epoch depends on, but for the model's weights."""
+    draws = [torch.get_rng_state(), *(generator.get_state() for generator in generators)]
+    return {"history": history, "generators": draws, **{name: part.state_dict() for name, part in parts.items()}}
+
+
+def _restore(state, parts, generators, epochs):
+    """Put a state back to where `_state` took it from, and return its history."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first, *others = state["generators"]
+        for generator, draws in zip(generators, others, strict=True):
+            generator.set_state(draws)
+        torch.set_rng_state(first)
+        history = [dict(row) for row in state["history"]]
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise UserError("the state to resume is not of such a training") from None
+    if len(history) > epochs:
+        raise UserError(f"the state to resume has {len(history)} epochs, more than the {epochs} asked for")
+    return history
+
+
+def _is_finite(model):
+    return bool(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all())
 
 
 def _tell(bar, title, row, epochs):
