@@ -35,7 +35,7 @@ def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
     add("--target_label", type=int, default=5, help="the attacker's label, for all2one")
 
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=1, help="fixes poisoning, split, weights, batches and inversion")
+    add("--seed", type=long, default=1, help="fixes poisoning, split, weights, batches and inversion")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto takes CUDA where there is one")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of training; measuring is always in fp32")
     add("--print_freq", type=count, default=1, help="watch ACC and ASR every so many epochs; 0: never")
@@ -162,6 +162,7 @@ def _number(kind, allowed, told):
 
 
 positive = _number(int, lambda n: n >= 1, "1 or more")
+long = _number(int, lambda n: abs(n) < 2**63, "a number of 64 bits")
 count = _number(int, lambda n: n >= 0, "0 or more")
 above_zero = _number(float, lambda x: 0 < x < float("inf"), "above 0")
 zero_or_more = _number(float, lambda x: 0 <= x < float("inf"), "0 or more")

@@ -32,8 +32,10 @@ def main():
     path = victim_path(opt)
     name = opt.name or f"{opt.dataset}-{os.path.basename(path).split('.')[0]}-{opt.defense}"
     results, purified = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
-    check_folder(results)
-    check_folder(opt.checkpoint_root)
+    check_folder(results, "history.csv", "metrics.json")
+    check_folder(opt.checkpoint_root, os.path.basename(purified))
+    if os.path.realpath(purified) == os.path.realpath(path):
+        raise UserError(f"the purified weights would replace the victim, {path}; give another --name")
 
     with clock("data"):
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")

@@ -70,7 +70,7 @@ def select_model(arch: str, num_class: int, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0,
         network = RESNETS[arch](num_class)
     else:
         known = ", ".join(["WRN-16-1 (or any depth and width)", *RESNETS])
-        raise UserError(f"no architecture named {arch!r}{nearest(arch, ['WRN-16-1', *RESNETS])}; there are {known}")
+        raise UserError(f"no architecture named {arch!r}; there are {known}{nearest(arch, ['WRN-16-1', *RESNETS])}")
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
 
 

@@ -1,7 +1,6 @@
 """Checkpoints: a network's weights, and beside them all that is needed to use and to measure it."""
 
 import io
-import math
 import os
 
 import torch
@@ -63,7 +62,7 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f"{path} has weights that are not finite numbers")
     for name, (allowed, told) in FACTS.items():
         if name in facts and not allowed(facts[name]):
-            raise UserError(f"{path} states a {name} that is not {told}")
+            raise UserError(f"{path}: its {name} is not {told}")
     return {**facts, "state_dict": weights}
 
 
@@ -110,14 +109,14 @@ def _without_prefix(weights):
 
 
 def _is_normalization(value):
-    """(mean, std), each of 3 finite numbers, the latter above 0."""
+    """(mean, std), each of 3 numbers that pixels can have, the latter above 0."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         return False
     mean, std = value
     if not all(isinstance(numbers, list | tuple) and len(numbers) == 3 for numbers in value):
         return False
     numbers = [*mean, *std]
-    return all(type(x) in (int, float) and math.isfinite(x) and abs(x) < 1e6 for x in numbers) and min(std) > 1e-6
+    return all(type(x) in (int, float) and abs(x) < 1e6 for x in numbers) and min(std) > 1e-6
 
 
 FACTS = {

@@ -76,7 +76,7 @@ def read_untrusted(path: str):
     except OSError as error:
         raise Refused(error.strerror or str(error)) from None
     except Exception as error:  # noqa: BLE001 - whatever a strange file makes the readers raise
-        raise Refused(f"it is damaged, or of no format known here: {type(error).__name__}") from None
+        raise Refused(f"it is damaged, cut short, or of no format known here ({type(error).__name__})") from None
 
 
 def _checked_zip(data):
