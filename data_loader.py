@@ -150,6 +150,27 @@ class Batches:
             yield images.permute(0, 3, 1, 2).float().div_(255), self.labels[order[batch]]
 
 
+class Pictures(Dataset):
+    """A torchvision data set of files: d[i] -> ((3, size, size) uint8, label, what is wrong with it or "").
+
+    A worker of a DataLoader that raised would be told with tracebacks of several processes.
+    """
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+        self.files = dataset.samples if hasattr(dataset, "samples") else dataset._samples  # ImageFolder's, GTSRB's
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            return *self.dataset[i], ""
+        except Exception as error:  # noqa: BLE001 - Pillow has many words for a broken file
+            told = f"{self.files[i][0]}: {error or type(error).__name__}"
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, told
+
+
 def load_images(opt, split: str) -> ImageSet:
     """Read the "train" or "test" part of opt.dataset from opt.data_root; what is missing is downloaded if it can be.
 
@@ -174,7 +195,7 @@ def _read_cifar(opt, split):
 def _read_gtsrb(opt, split):
     dataset = _fetch(opt, torchvision.datasets.GTSRB, split=split, transform=_resize(opt.image_size))
     classes = [str(label) for label in range(43)]
-    return *_decode(dataset), classes
+    return *_decode(dataset, opt.image_size), classes
 
 
 def _read_folder(opt, split):
@@ -183,7 +204,11 @@ def _read_folder(opt, split):
         dataset = torchvision.datasets.ImageFolder(path, transform=_resize(opt.image_size))
     except OSError as error:
         raise UserError(f"--dataset folder needs pictures in {path}/<class>/: {error}".split("\n")[0]) from None
-    return *_decode(dataset), dataset.classes
+    trained = sorted(entry.name for entry in os.scandir(os.path.join(opt.data_root, "train")) if entry.is_dir())
+    if dataset.classes != trained:
+        other = ", ".join(sorted(set(trained) ^ set(dataset.classes)))
+        raise UserError(f"train/ and test/ in {opt.data_root} have not the same classes: {other}")
+    return *_decode(dataset, opt.image_size), dataset.classes
 
 
 READERS = {
@@ -219,13 +244,16 @@ def _resize(size):
     return v2.Compose([v2.Resize((size, size)), v2.PILToTensor()])
 
 
-def _decode(dataset):
+def _decode(dataset, size):
     """Read every picture of a torchvision data set once, with workers, into one uint8 tensor."""
-    loader = DataLoader(dataset, batch_size=256, num_workers=min(8, os.cpu_count() or 1))
-    try:
-        images, labels = zip(*loader, strict=True)
-    except OSError as error:  # Pillow's word for a picture that is none; a worker puts its own traceback before it
-        raise UserError(f"a picture cannot be read: {str(error).strip().splitlines()[-1]}") from None
+    needed = 3 * size**2 * len(dataset)
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise UserError(f"pictures of --image_size {size} take {needed / 2**30:,.0f} GiB, more than this machine has")
+    loader = DataLoader(Pictures(dataset, size), batch_size=256, num_workers=min(8, os.cpu_count() or 1))
+    images, labels, told = zip(*loader, strict=True)
+    broken = [words for batch in told for words in batch if words]
+    if broken:
+        raise UserError(f"{len(broken)} of {len(dataset)} pictures cannot be read; the first: {broken[0]}")
     return torch.cat(images).permute(0, 2, 3, 1).contiguous(), torch.cat(labels)
 
 

@@ -3,13 +3,17 @@
 import pytest
 
 import config
+from utils.errors import RunError, UserError, run_script
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--dataset", "cifar"], "invalid choice"),
+        (["--trigger_type", "gridtriger"], "invalid choice: 'gridtriger'; did you mean gridTrigger?"),
+        (["--temprature", "1"], "unrecognized arguments: --temprature 1; did you mean --temperature?"),
         (["--no_such_option"], "unrecognized arguments"),
+        (["--seed", "9" * 20], "is not a number of 64 bits"),
         (["--epochs", "0"], "0 is not 1 or more"),
         (["--ratio", "0"], "0 is not above 0 and up to 1"),
         (["--ratio", "1.5"], "1.5 is not above 0 and up to 1"),
@@ -50,3 +54,28 @@ def test_the_options_of_the_defense_are_all_known_to_the_parser():
     assert set(config.DEFENDING.split()) | set(config.APPLIES) <= set(
         vars(config.get_arguments("main.py").parse_args([]))
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (UserError("two\nlines"), 2, "two lines"),
+        (RunError("no"), 1, "no"),
+        (KeyboardInterrupt(), 130, "stopped; go on"),
+        (MemoryError(), 1, "out of memory; lower --batch_size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory; lower --batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory; lower --batch_size"),
+    ],
+)
+def test_what_ends_a_run_is_one_line_and_an_exit_code(error, code, told, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, "go on")
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"error: {told}\n")
+
+
+def test_a_mistake_in_the_code_is_not_hidden():
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_script(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")), "")

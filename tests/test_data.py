@@ -98,12 +98,22 @@ def test_a_folder_of_pictures(tmp_path):
     assert data.classes == ["class0", "class1"]
     assert data.images.shape == (2, 6, 6, 3)
     assert data.images[:, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
-    (tmp_path / "train" / "class0" / "b.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="a picture cannot be read: .*b.png"):
-        load_images(opt, "train")
+    whole = (tmp_path / "train" / "class0" / "a.png").read_bytes()
+    for content in (b"no picture", whole[:-30], whole[:40] + b"x" + whole[41:]):
+        (tmp_path / "train" / "class0" / "b.png").write_bytes(content)
+        with pytest.raises(UserError, match="1 of 3 pictures cannot be read; the first: [^ ]*b.png: "):
+            load_images(opt, "train")
+    with pytest.raises(UserError, match="more than this machine has"):
+        load_images(argparse.Namespace(**{**vars(opt), "image_size": 10**6}), "test")
     with pytest.raises(UserError, match="needs pictures in"):
         load_images(argparse.Namespace(**{**vars(opt), "data_root": "nowhere"}), "test")
     (tmp_path / "train" / "class0" / "b.png").unlink()
+    (tmp_path / "test" / "class1").rename(tmp_path / "test" / "class2")
+    with pytest.raises(UserError, match="not the same classes: class1, class2"):
+        load_images(opt, "test")
+    (tmp_path / "test" / "empty").mkdir()
+    with pytest.raises(UserError, match="no valid file for the classes empty"):
+        load_images(opt, "test")
     with pytest.raises(UserError, match="--num_class 1 is too few"):
         load_images(argparse.Namespace(**{**vars(opt), "num_class": 1}), "train")
 

@@ -208,14 +208,10 @@ def test_which_state_a_run_goes_on_from(tmp_path, capsys):
         Resumable(folder, {**options, "lr": 0.2}, True).finished()
 
 
-def test_a_loss_that_turns_nan_keeps_the_last_good_weights(started, tmp_path):
-    # The first epoch's rate is a hundredth of the peak, at which the weights are still numbers.
-    words = ("--lr", "1e8", "--schedule", "onecycle", "--epochs", "30")
-    assert ended(started(tmp_path, *words)) == 1
-    told = (tmp_path / "out.txt").read_text()
-    assert "no longer finite in epoch" in told
-    kept = tmp_path / "results" / "run" / "resume.pt"
-    assert ("resume.pt" in told) == kept.exists()
+def test_a_loss_that_is_no_number_from_the_start_keeps_nothing_and_says_so(started, tmp_path):
+    assert ended(started(tmp_path, "--lr", "1e30")) == 1
+    assert "no longer finite in epoch 1; lower --lr; no weights are kept yet" in (tmp_path / "out.txt").read_text()
+    assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):

@@ -68,6 +68,26 @@ def test_a_loss_that_is_no_number_stops_the_run():
         run(Scalar(), [(torch.tensor(float("inf")), None)])
 
 
+def test_what_was_saved_before_the_loss_turned_is_the_last_good_state():
+    class Turning:
+        """A number in the first epoch, none in the second."""
+
+        def __init__(self):
+            self.epochs = 0
+
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            self.epochs += 1
+            yield torch.tensor(1.0 if self.epochs == 1 else float("inf")), None
+
+    model, kept = Scalar(), []
+    with pytest.raises(RunError, match="in epoch 2"):
+        run(model, Turning(), epochs=3, save=lambda state: kept.append((model.weight.item(), len(state["history"]))))
+    assert kept == [(pytest.approx(-0.1), 1)]
+
+
 def test_generators_belong_to_their_seed_and_purpose():
     draws = [torch.rand(3, generator=generator(*key)).tolist() for key in ((1, "a"), (1, "a"), (1, "b"), (2, "a"))]
     assert draws[0] == draws[1]

@@ -106,7 +106,7 @@ def other_contents():
     for name in (7, ("a", "b"), "x" * 100_000, "a\nb\x1b[31m", None, torch.float32):
         yield {"state_dict": {**weights, name: torch.zeros(1)}}
     facts = {
-        "arch": ["WRN-10000-999", "WRN-994-1", "WRN-40-200", "WRN-" + "9" * 5000, "ResNet18", "", "\x1b[31m\n", 3, None],
+        "arch": ["WRN-10000-999", "WRN-994-1", "WRN-40-200", "WRN-" + "9" * 5000, "ResNet18", "", "\x1b\n", 3, None],
         "num_class": [10**9, 10**30, -1, 0, 1, 5, 11, True, "10", 10.0, None],
         "normalization": [[[0.5] * 3, [0] * 3], [[0.5] * 3, [-1] * 3], [["a"] * 3] * 2, [[float("nan")] * 3] * 2, 3,
                           [[1] * 9] * 2, [[10**400] * 3] * 2, "ab", ["abc", "abc"], None, {0: 1, 1: 2}],

@@ -29,7 +29,7 @@ class Resumable:
     def __init__(self, folder: str, options: dict, resume: bool):
         self.path, self.figures = os.path.join(folder, STATE), os.path.join(folder, "metrics.json")
         self.options = {name: value for name, value in options.items() if name not in PLACES}
-        self.resume, self.kept = resume, "no epoch had ended"
+        self.resume, self.kept = resume, "no weights are kept yet"
 
     def finished(self) -> bool:
         """Whether the user asked to go on with a run that has ended.
