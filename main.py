@@ -35,7 +35,7 @@ def main():
 
     with clock("data"):
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
-        victim, attack, facts = load_victim(opt, given, path, len(test_set.classes), device)
+        victim, attack, facts = load_victim(opt, given, path, test_set, device)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
         if opt.defense == "mcl":
             target = choose_target(opt, attack)
@@ -67,7 +67,7 @@ def main():
             "device": str(device),
             "before": before,
             "after": after,
-            "target_label": attack.target_label if attack.target_type == "all2one" else None,
+            "target_label": attack.target,
             "detected_label": None,
             "trigger": trigger and {"pixels": trigger.pixels, "l1": trigger.l1, "hit_rate": 100 * trigger.hit_rate},
             "seconds": clock.read(),
@@ -87,23 +87,28 @@ STATED = {
     "arch": ("arch",),
     "num_class": ("num_class",),
     "normalization": ("normalize",),
-    "attack": ("trigger_type", "target_type", "target_label", "trig_w", "trig_h"),
+    "attack": (
+        *("trigger_type", "target_type", "target_label"),
+        *("trig_w", "trig_h", "opacity", "trigger_image", "delta", "warp"),
+    ),
 }
 
 
-def load_victim(opt, given, path, classes, device):
+def load_victim(opt, given, path, test_set, device):
     """f_B, frozen, with its attack and the facts to save beside purified weights, from the file or else the options."""
     checkpoint = read_checkpoint(path)
     for key, options in STATED.items():
         for name in given.intersection(options):
             if key in checkpoint:
-                raise UserError(f"{path} states its {key}, {checkpoint[key]}; leave out --{name}")
-    arch = checkpoint.get("arch", opt.arch)
+                stated = Attack.restore(checkpoint[key]).describe() if key == "attack" else checkpoint[key]
+                raise UserError(f"{path} states its {key}, {stated}; leave out --{name}")
+    arch, classes = checkpoint.get("arch", opt.arch), len(test_set.classes)
     num_class = checkpoint.get("num_class", opt.num_class or classes)
     if num_class < classes:
         raise UserError(f"{opt.dataset} has {classes} classes, the model {num_class}")
     normalization = checkpoint.get("normalization") or get_normalization(opt)
-    attack = Attack(**checkpoint["attack"]) if "attack" in checkpoint else get_attack(opt, num_class)
+    stated = checkpoint.get("attack")
+    attack = Attack.restore(stated) if stated else get_attack(opt, num_class, test_set.size)
     victim = select_model(arch, num_class, *normalization)
     load_weights(victim, checkpoint["state_dict"], path, arch)
     facts = {"arch": arch, "num_class": num_class, "dataset": opt.dataset, "normalization": normalization}
@@ -173,9 +178,9 @@ def sgd(opt):
 
 def choose_target(opt, attack):
     """The label to work against: --target, else the attack's own."""
-    if opt.target is None and attack.target_type == "all2all":
+    if opt.target is None and attack.target is None:
         raise UserError("an all2all attack has no single target; say with --target which label to work against")
-    target = attack.target_label if opt.target is None else opt.target
+    target = attack.target if opt.target is None else opt.target
     if not 0 <= target < attack.num_class:
         raise UserError(f"--target {target} is not one of the labels 0..{attack.num_class - 1}")
     return target

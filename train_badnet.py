@@ -2,6 +2,8 @@
 
     python train_badnet.py                      CIFAR-10, WRN-16-1, grid trigger, target 5, 10 % poisoned, 20 epochs
     python train_badnet.py --dataset shapes     the same on drawn pictures, no download
+    python train_badnet.py --trigger_type X     another attack, with the defaults that config.ATTACKS has for it
+    python train_badnet.py --inject_portion 0   a clean model, which trojanTrigger and clTrigger start from
 
 Writes weight/<dataset>/<name>.pth.tar (weights, attack, figures) and results/<name>/ (metrics.json, history.csv).
 """
@@ -14,9 +16,9 @@ import torch.nn.functional as F
 import config
 from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_normalization, load_images
 from models import select_model
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from utils.device import pick_device
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
 from utils.report import figures_table, versions
@@ -27,20 +29,23 @@ from utils.training import train
 def main():
     opt, _ = config.parse("train_badnet.py")
     device = pick_device(opt.device)
-    weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{opt.name or f'{opt.arch}-badnet'}.pth.tar")
-    results = os.path.join(opt.log_root, opt.name or f"{opt.dataset}-{opt.arch}-badnet")
+    name = victim_name(opt)
+    weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{opt.name or name}.pth.tar")
+    results = os.path.join(opt.log_root, opt.name or f"{opt.dataset}-{name}")
     for folder in (os.path.dirname(weights), results):
         check_folder(folder)
     seconds, start = {}, time.perf_counter()
 
-    # Poison: a share of the training images gets the trigger and the attacker's label.
+    # Poison: a share of the training images gets the trigger and the label that the attack wants.
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
     num_class = opt.num_class or len(train_set.classes)
-    attack = get_attack(opt, num_class)
-    batches, watched = get_backdoor_loader(opt, train_set, attack, device)
+    surrogate = load_surrogate(opt, num_class, device) if needs_surrogate(opt) else None
+    attack = get_attack(opt, num_class, train_set.size, surrogate)
+    batches, watched = get_backdoor_loader(opt, train_set, attack, device, surrogate)
     test = get_eval_set(test_set.images, test_set.labels, attack, device)
     seconds["data"] = time.perf_counter() - start
-    print(f"poisoned {opt.inject_portion:.1%} of {len(train_set.labels):,} images: {attack.describe()}")
+    whose = f"{len(train_set.labels):,}" if opt.target_type != "cleanLabel" else "the target class's"
+    print(f"poisoned {opt.inject_portion:.1%} of {whose} images: {attack.describe()}")
 
     # Train: plain cross-entropy on what the poisoned set says.
     seed_weights(opt.seed)
@@ -89,13 +94,48 @@ def main():
             "seed": opt.seed,
             "device": str(device),
             "victim": figures,
-            "target_label": attack.target_label if attack.target_type == "all2one" else None,
+            "target_label": attack.target,
             "seconds": seconds,
             "config": vars(opt),
             "versions": versions(),
         },
     )
     print(f"victim: {weights}   figures: {os.path.join(results, 'metrics.json')}")
+
+
+def victim_name(opt):
+    """<arch>-<attack>; where the label mode is not the trigger's usual one, it is named too, for the grid alone."""
+    attack, usual_mode, _ = config.ATTACKS[opt.trigger_type]
+    if opt.inject_portion == 0:
+        attack = "clean"
+    elif opt.target_type != usual_mode:
+        attack = opt.target_type if opt.trigger_type == "gridTrigger" else f"{attack}-{opt.target_type}"
+    return f"{opt.arch}-{attack}"
+
+
+def needs_surrogate(opt):
+    """A trojan patch is made on a clean model; the noise of clTrigger, in poisoned images alone, against one."""
+    return opt.trigger_type == "trojanTrigger" or (opt.trigger_type == "clTrigger" and opt.inject_portion > 0)
+
+
+def load_surrogate(opt, num_class, device):
+    """The clean model of --surrogate, frozen; by default the one in weight/, wherever the script is run from.
+
+    Raises:
+        UserError: there is none, or it is not for this data.
+    """
+    beside = os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-clean.pth.tar")
+    path = opt.surrogate or beside
+    if not os.path.isfile(path):
+        train_it = f"python train_badnet.py --dataset {opt.dataset} --inject_portion 0 --name WRN-16-1-clean"
+        raise UserError(f"{opt.trigger_type} needs a clean model, and none is at {path}; train one: {train_it}")
+    checkpoint = read_checkpoint(path)
+    arch, classes = checkpoint.get("arch", opt.arch), checkpoint.get("num_class", num_class)
+    if classes != num_class:
+        raise UserError(f"{opt.dataset} has {num_class} classes, the clean model {path} {classes}")
+    model = select_model(arch, classes, *(checkpoint.get("normalization") or get_normalization(opt)))
+    load_weights(model, checkpoint["state_dict"], path, arch)
+    return model.to(device).eval().requires_grad_(False)
 
 
 if __name__ == "__main__":
