@@ -23,7 +23,7 @@ from utils.errors import UserError
 
 # What a poisoned image is called: the target label; the label after its own; its own, for it is of the target class.
 TARGET_TYPES = ("all2one", "all2all", "cleanLabel")
-CHUNK = 1024  # images at a time, so that what is worked out in float stays in the cache's reach
+CHUNK = 128  # images at a time, so that what is worked out in float stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,13 @@ class Attack:
         poisoned = torch.zeros(len(labels), dtype=torch.bool)
         poisoned[chosen] = True
         images, pictures = images.clone(), images[chosen]
-        if len(chosen):
-            if self._trigger.disguise:
-                pictures = self._trigger.disguise(pictures, labels[chosen], surrogate, **self.training_options)
-            instead = self.training_options
-            options = {name: instead.get(f"train_{name}", value) for name, value in self.trigger_options.items()}
-            images[chosen] = self._stamp(pictures, options)
+        training = self.training_options
+        if self._trigger.disguise and len(chosen):
+            pictures = self._trigger.disguise(pictures, labels[chosen], surrogate, **training)
+        options = {name: training.get(f"train_{name}", value) for name, value in self.trigger_options.items()}
+        images[chosen] = self._stamp(pictures, options)
         if len(beside):
-            parts = images[beside].split(CHUNK)
-            images[beside] = torch.cat([self._trigger.decoy(part, rng, **self.tensors) for part in parts])
+            images[beside] = _in_chunks(lambda part: self._trigger.decoy(part, rng, **self.tensors), images[beside])
         return images, torch.where(poisoned, self.wanted(labels), labels), poisoned
 
     def _choose(self, labels, rng):
@@ -203,7 +201,7 @@ class Attack:
 
     def _stamp(self, images, options):
         tensors = {name: tensor.to(images.device) for name, tensor in self.tensors.items()}
-        return torch.cat([self._trigger.stamp(part, **options, **tensors) for part in images.split(CHUNK)])
+        return _in_chunks(lambda part: self._trigger.stamp(part, **options, **tensors), images)
 
     def wanted(self, labels: torch.Tensor) -> torch.Tensor:
         """(B,) true labels -> the labels the attacker wants triggered images to get."""
@@ -235,6 +233,14 @@ class Attack:
             return cls(**state)
         except TypeError as error:  # an unknown or missing field, a text where a number belongs
             raise UserError(f"the attack it states cannot be understood ({error})") from None
+
+
+def _in_chunks(change, images):
+    changed = torch.empty_like(images)
+    for start in range(0, len(images), CHUNK):
+        part = slice(start, start + CHUNK)
+        changed[part] = change(images[part])
+    return changed
 
 
 def _check_options(trigger, kinds, options):

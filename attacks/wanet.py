@@ -29,10 +29,7 @@ def wanet_trigger(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         UserError: the images are not of the grid's size.
     """
     check_size(images, grid)
-    # One grid for all: the batch is laid out as the channels of one image, so that the grid is worked out once.
-    count, height, width, channels = images.shape
-    planes = images.permute(0, 3, 1, 2).reshape(1, -1, height, width)
-    return _sample(planes, grid[None]).view(count, channels, height, width).permute(0, 2, 3, 1).contiguous()
+    return _warp(images, grid.expand(len(images), *grid.shape))
 
 
 def wanet_noise(images: torch.Tensor, rng: torch.Generator, grid: torch.Tensor) -> torch.Tensor:
@@ -42,9 +39,9 @@ def wanet_noise(images: torch.Tensor, rng: torch.Generator, grid: torch.Tensor) 
     """
     check_size(images, grid)
     jitter = 2 * torch.rand(len(images), *grid.shape, generator=rng) - 1
-    grids = (grid + jitter.to(images.device) / images.shape[1]).clamp_(-1, 1)
-    return _sample(images.permute(0, 3, 1, 2), grids).permute(0, 2, 3, 1).contiguous()
+    return _warp(images, (grid + jitter.to(images.device) / images.shape[1]).clamp_(-1, 1))
 
 
-def _sample(planes, grids):
-    return F.grid_sample(planes.float(), grids, align_corners=True).round_().to(torch.uint8)
+def _warp(images, grids):
+    warped = F.grid_sample(images.permute(0, 3, 1, 2).float(), grids, align_corners=True)
+    return warped.permute(0, 2, 3, 1).round_().to(torch.uint8)
