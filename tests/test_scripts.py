@@ -135,6 +135,39 @@ def test_what_cannot_be_done_is_told_in_one_line_and_writes_nothing(script, fold
     assert not (folder / "results" / "bad" / "metrics.json").exists()
 
 
+@pytest.fixture(scope="session")
+def clean(script, folder):
+    words = ("--dataset", "shapes", "--arch", "WRN-10-1", "--device", "cpu", "--print_freq", 0, "--epochs", 1)
+    done = script("train_badnet.py", *words, "--inject_portion", 0, *places(folder))
+    assert done.returncode == 0, done.stderr
+    return (*words, "--surrogate", folder / "weight" / "shapes" / "WRN-10-1-clean.pth.tar")
+
+
+@pytest.mark.parametrize(("trigger", "name"), [("trojanTrigger", "trojan"), ("clTrigger", "cl")])
+def test_what_starts_from_a_clean_model_measures_the_same_again(script, folder, clean, trigger, name):
+    done = script("train_badnet.py", *clean, "--trigger_type", trigger, *places(folder))
+    assert done.returncode == 0, done.stderr
+    path = folder / "weight" / "shapes" / f"WRN-10-1-{name}.pth.tar"
+    words = ("--dataset", "shapes", "--device", "cpu", "--defense", "none", "--model", path, "--name", "x")
+    done = script("main.py", *words, *places(folder))
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(folder, "x")["before"] == metrics_of(folder, f"shapes-WRN-10-1-{name}")["victim"]
+
+
+def test_a_missing_clean_model_says_how_to_train_one(script, tmp_path):
+    words = ("--dataset", "shapes", "--trigger_type", "trojanTrigger", "--surrogate", "nowhere.tar")
+    done = script("train_badnet.py", *words, *places(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "train one: python train_badnet.py --dataset shapes --inject_portion 0" in done.stderr
+
+
+def test_the_sheet_has_a_row_for_each_attack(script, folder, clean):
+    done = script("-m", "attacks", "--dataset", "shapes", "--surrogate", clean[-1], "--out", folder / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert "10 attacks" in done.stdout
+    assert (folder / "a.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("shipped", ["CIFAR10", "shapes"])
 def test_a_shipped_victim_measures_what_its_file_says(script, tmp_path, shipped, request):
     if shipped == "CIFAR10":
