@@ -102,8 +102,9 @@ def _add_defense(parser):
     add("--defense", default="mcl", choices=["mcl", "none"], help="none only measures the model")
     add("--target", type=int, help="the label the defender works against (default: the attack's)")
     add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
-    add("--inversion_steps", type=positive, default=60, help="at most so many; each ends with a look at the pattern")
-    add("--inversion_batches", type=positive, default=10, help="batches of the clean split in a step of the inversion")
+    add("--inversion_rounds", type=positive, default=5, help="searches, each near where the last ended; published: 1")
+    add("--inversion_steps", type=positive, default=36, help="in a round; each ends with a look at the pattern")
+    add("--inversion_batches", type=positive, default=3, help="batches of the clean split in a step of the inversion")
     add("--positive", default="finetuned", choices=["finetuned", "backdoored"], help="whose clean feature is z+")
     add("--finetune_epochs", type=positive, default=5, help="passes over the clean split to make the positive model")
     add("--finetune_lr", type=above_zero, default=0.003, help="peak learning rate of those")
@@ -130,8 +131,8 @@ APPLIES = {
 }
 # ... those that mean nothing where a model is only measured, and those that do where nothing is poisoned.
 DEFENDING = (
-    "target ratio inversion_steps inversion_batches positive finetune_epochs finetune_lr epochs batch_size lr schedule "
-    "momentum weight_decay temperature clean_weight contrast augment ema precision print_freq"
+    "target ratio inversion_rounds inversion_steps inversion_batches positive finetune_epochs finetune_lr epochs "
+    "batch_size lr schedule momentum weight_decay temperature clean_weight contrast augment ema precision print_freq"
 )
 POISONING = "train_delta epsilon noise_ratio"
 

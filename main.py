@@ -137,7 +137,7 @@ def make_positive(opt, victim, split, device):
 
 def make_trigger(opt, victim, split, target, device):
     """The smallest pattern that makes the victim say `target`; where there is none, the run ends."""
-    rng, budget = generator(opt.seed, "inversion"), (opt.inversion_steps, opt.inversion_batches)
+    rng, budget = generator(opt.seed, "inversion"), (opt.inversion_rounds, opt.inversion_steps, opt.inversion_batches)
     trigger = invert_trigger(victim, split.plain, target, device, rng, *budget, opt.precision)
     if trigger is None:
         raise RunError(
