@@ -19,6 +19,8 @@ import config
         (["--image_size", "64"], "--image_size applies only with --dataset GTSRB or folder"),
         (["--target_type", "all2all", "--target_label", "3"], "--target_label applies only with --target_type all2one"),
         (["--positive", "backdoored", "--finetune_lr", "0.1"], "--finetune_lr applies only with --positive finetuned"),
+        (["--tensorboard", "--print_freq", "0"], "--tensorboard applies only with --print_freq from 1 to --epochs"),
+        (["--defense", "none", "--tensorboard"], "--tensorboard does not apply with --defense none"),
         (["--defense", "none", "--epochs", "3"], "--epochs does not apply with --defense none"),
     ],
 )

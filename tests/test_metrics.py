@@ -1,5 +1,7 @@
 """Metrics and tables against values worked out by hand."""
 
+from types import SimpleNamespace
+
 import torch
 
 from attacks import Attack
@@ -61,6 +63,17 @@ def test_predictions_come_in_order():
 def test_watching_happens_every_so_many_epochs():
     assert watcher(None, None, torch.device("cpu"), "fp32", 0)(None, 1) == {}
     assert watcher(None, None, torch.device("cpu"), "fp32", 3)(None, 4) == {}
+
+
+def test_what_is_watched_is_logged_too():
+    images, labels = torch.zeros(3, 3, 2, 2), torch.tensor([0, 1, 2])
+    test = SimpleNamespace(clean=[(images, labels)], triggered=[(images[:2], labels[:2])], labels=labels)
+    logged = []
+    watch = watcher(test, attack_of("all2one"), torch.device("cpu"), "fp32", 2, lambda *what: logged.append(what))
+    rows = [watch(Brightest(), epoch) for epoch in (1, 2)]
+    assert rows[0] == {}
+    assert set(rows[1]) == {"acc", "acc_published", "asr", "ra"}
+    assert logged == [(rows[1], 2)]
 
 
 def test_tables_hold_the_figures_under_their_names():
