@@ -17,9 +17,11 @@ FIGURES = {"acc": 80.0, "acc_published": 82.0, "asr": 99.0, "ra": 1.0}
 
 
 def pixels_of(path):
-    """(H, W, 3) of a PNG that decodes."""
-    with Image.open(path) as picture:
-        return pil_to_tensor(picture.convert("RGB")).permute(1, 2, 0)
+    """(H, W, 3) of a PNG that decodes, and at whose edge nothing is cut off: its outermost pixels are white."""
+    with Image.open(path) as file:
+        picture = pil_to_tensor(file.convert("RGB")).permute(1, 2, 0)
+    assert all((edge == 255).all() for edge in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:]))
+    return picture
 
 
 def places_of(picture, colour):

@@ -53,6 +53,8 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
+    "legend.handletextpad": 0.4,
+    "legend.columnspacing": 1.4,
     "savefig.dpi": DPI,
     "text.parse_math": False,  # a class name is no formula, whatever dollar signs are in it
 }
@@ -116,6 +118,7 @@ def _picture(path, width, height):
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
         figure = Figure(figsize=(width, height), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
         yield figure
         write_file(path, lambda file: figure.savefig(file, format="png"))
 
@@ -167,12 +170,12 @@ def draw_curves(path: str, rows: list[dict]) -> None:
         rows: an epoch each: "epoch" and the figures of CURVES in percent.
     """
     later = [row for row in rows if row["epoch"] > 0]
-    closer = 0 < len(later) < len(rows)
+    closer = 1 < len(later) < len(rows)
     with _picture(path, 7 if closer else 5, 3.4) as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=[3, 2])
         axes = figure.add_subplot(grid[:, 0] if closer else grid[:, :])
         _draw_lines(axes, rows, CURVES)
-        axes.set(ylabel="percent", ylim=(-3, 103), xlabel="epoch, 0: the victim" if closer else "epoch")
+        axes.set(ylabel="percent", ylim=(-3, 103), xlabel="epoch, 0: the victim" if len(later) < len(rows) else "epoch")
         figure.legend(loc="outside upper center", ncols=len(CURVES))
         if closer:
             upper, lower = (figure.add_subplot(grid[i, 1]) for i in range(2))
@@ -180,6 +183,7 @@ def draw_curves(path: str, rows: list[dict]) -> None:
             _draw_lines(lower, later, ("asr",))
             upper.set(title="the same, closer", ylabel="percent")
             lower.set(xlabel="epoch", ylabel="percent")
+            figure.align_ylabels([upper, lower])
 
 
 def _draw_lines(axes, rows, names):
@@ -187,7 +191,7 @@ def _draw_lines(axes, rows, names):
         label, colour, line = CURVES[name]
         x, y = [row["epoch"] for row in rows], [row[name] for row in rows]
         axes.plot(x, y, line, color=colour, label=label, markersize=4.5, clip_on=False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def draw_per_class(path: str, classes: list[str], figures: dict[str, dict], target: int | None) -> None:
@@ -207,9 +211,10 @@ def draw_per_class(path: str, classes: list[str], figures: dict[str, dict], targ
             axes.axhspan(shown.index(target) - 0.5, shown.index(target) + 0.5, color="#F0F0F0", zorder=0)
         axes.hlines(places, columns.amin(0), columns.amax(0), color="#BBBBBB", zorder=1)
         for (name, measured), accuracies in zip(figures.items(), columns, strict=True):
+            one, all_of_them = (name, f"all classes {name}") if len(figures) > 1 else ("one class", "all classes")
             size = 70 if name == "before" else 24  # both are seen where they fall together
-            axes.scatter(accuracies, places, s=size, color=MODELS[name], zorder=2, label=name)
-            axes.axvline(measured["acc"], color=MODELS[name], linestyle=":", label=f"ACC {name}, all classes")
+            axes.scatter(accuracies, places, s=size, color=MODELS[name], zorder=2, label=one, clip_on=False)
+            axes.axvline(measured["acc"], color=MODELS[name], linestyle=":", label=all_of_them)
         axes.set_yticks(places, [class_name(classes[label]) + "  (target)" * (label == target) for label in shown])
         for label, text in zip(shown, axes.get_yticklabels(), strict=True):
             text.set(color=TARGET, fontweight="bold" if label == target else "normal")
@@ -217,7 +222,8 @@ def draw_per_class(path: str, classes: list[str], figures: dict[str, dict], targ
         left, right = axes.get_xlim()
         axes.set_xlim(min(left, right - 10), right)  # a tenth of a point is not to look like a gulf
         if len(shown) < len(classes):
-            axes.set(title=f"{len(shown)} of {len(classes)} classes")
+            chosen = "changed most" if len(figures) > 1 else "are lowest"
+            axes.set(title=f"{len(shown)} of {len(classes)} classes: the target and those that {chosen}")
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=len(figures) * 2)
 
@@ -289,7 +295,7 @@ def draw_features(path: str, features: dict[str, tuple], of_target: torch.Tensor
     panels = [("before", "before", "")]
     if "after" in features:
         panels += [("after", "before", ", same axes"), ("after", "after", ", its own axes")]
-    with _picture(path, max(4.2, 3.1 * len(panels)), 3.55) as figure:
+    with _picture(path, max(4.6, 3.1 * len(panels)), 3.6) as figure:
         for axes, (name, base, told) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             clean, triggered = map(planes[base].map, features[name])
             for points, mark in ((clean[~of_target], "clean"), (clean[of_target], "target"), (triggered, "triggered")):
@@ -299,10 +305,12 @@ def draw_features(path: str, features: dict[str, tuple], of_target: torch.Tensor
             middle, half = (here.amax(0) + here.amin(0)) / 2, 0.54 * (here.amax(0) - here.amin(0)).max()
             (left, bottom), (right, top) = (middle - half).tolist(), (middle + half).tolist()
             axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
-            axes.set(title=f"{name}{told} (ASR {figures[name]['asr']:.2f}%)")
+            asr = f"ASR {figures[name]['asr']:.2f}%"
+            axes.set(title=f"{name}{told} ({asr})" if len(features) > 1 else asr)
             shares = planes[base].shares(torch.cat(features[name]))
             for axis, number, share in zip((axes.xaxis, axes.yaxis), (1, 2), shares, strict=True):
-                axis.set_label_text(f"component {number} of {base} ({share:.0%})")
+                whose = f" of {base}" if len(features) > 1 else ""
+                axis.set_label_text(f"component {number}{whose} ({share:.0%})")
         shown = [mark for mark in MARKS if mark != "target" or of_target.any()]
         handles = [Line2D([], [], linestyle="", marker=MARKS[m]["marker"], color=MARKS[m]["color"]) for m in shown]
         labels = {"clean": "clean, other classes", "target": "clean, target class", "triggered": "triggered"}
