@@ -88,6 +88,7 @@ def test_tables_hold_the_figures_under_their_names():
         "+10.50",
     ]
     assert "1 dog" in figures_table(["cat", "dog"], before)
+    assert figures_table(["cat"], before, after).splitlines()[-1].split() == ["0", "cat", "6.00", "16.00", "+10.00"]
 
 
 def test_stopwatch_adds_up_a_part():

@@ -51,7 +51,8 @@ def test_a_plane_puts_the_longest_direction_first():
 def test_features_have_length_one_and_come_in_order():
     model = SimpleNamespace(eval=lambda: None, features=lambda x: x)
     batches = [(torch.tensor([[3.0, 4.0]]), None), (torch.tensor([[0.0, -2.0], [5.0, 0.0]]), None)]
-    expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [1.0, 0.0]])
+    batches += [(torch.tensor([[float("nan"), 2.0], [float("inf"), 0.0]]), None)]
+    expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     assert torch.allclose(plots.features_of(model, batches), expected)
 
 
@@ -184,3 +185,10 @@ def test_the_map_has_a_panel_more_for_the_second_model(tmp_path):
     two, one = pixels_of(tmp_path / "two.png"), pixels_of(tmp_path / "one.png")
     assert two.shape[1] > 2 * one.shape[1]
     assert len(places_of(one, plots.TARGET)) > 0
+
+
+def test_a_model_whose_features_are_all_alike_has_a_map_too(tmp_path, recwarn):
+    features = {"before": (torch.ones(9, 4), torch.ones(5, 4))}
+    plots.draw_features(tmp_path / "f.png", features, torch.zeros(9, dtype=torch.bool), {"before": FIGURES})
+    assert not recwarn.list
+    assert len(places_of(pixels_of(tmp_path / "f.png"), plots.TRIGGERED)) > 0

@@ -77,7 +77,7 @@ def write_page(path: str, title: str, metrics: dict, classes: list[str], picture
         _paragraph(", ".join(f"{name} {metrics[name]}" for name in ("dataset", "model", "device", "seed"))),
         _tiles(before, after),
         _section("As the paper's table has it", _table(*published_rows(metrics["dataset"], before, after))),
-        _section("Figures", _table([*header, "which is the share of"], figures)),
+        _section("Figures", _table([*header, "what it is"], figures)),
         _section("Pictures", *(_figure(os.path.dirname(path), *picture) for picture in pictures)),
         _section("Classes", _table(["class", *header[1:]], per_class, marked=target)),
     ]

@@ -11,11 +11,12 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from utils.files import write_file
+from utils.files import remove_file, write_file
 
 MODELS = {"before": "#56B4E9", "after": "#0072B2"}
 CLEAN, TARGET, TRIGGERED = "#A0A0A0", "#000000", "#D55E00"
@@ -61,7 +62,7 @@ STYLE = {
 
 
 def draw_run(folder, classes, sample, attack, models, figures, history, trigger=None) -> list[tuple]:
-    """Draw all that applies to a run; of the others, no picture of an earlier run is left in `folder`.
+    """Draw all that applies to a run; curves that do not are not left there by an earlier run either.
 
     Args:
         classes: the K names.
@@ -78,7 +79,7 @@ def draw_run(folder, classes, sample, attack, models, figures, history, trigger=
         (file name, caption) of each picture, in the order to show them; None and the reason where one is missed.
 
     Raises:
-        RunError: a file cannot be written.
+        RunError: a file cannot be written or removed.
     """
     target = attack.target_label if attack.target_type == "all2one" else None
     clean, triggered = (torch.cat([images.cpu() for images, _ in part]) for part in (sample.clean, sample.triggered))
@@ -94,12 +95,10 @@ def draw_run(folder, classes, sample, attack, models, figures, history, trigger=
         "curves.png": lambda path: draw_curves(path, watched),
         "per_class.png": lambda path: draw_per_class(path, classes, figures, target),
     }
-    for name in draw:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, name))
     missed = []
     if not any(row["epoch"] > 0 for row in watched):
         del draw["curves.png"]
+        remove_file(os.path.join(folder, "curves.png"))
         missed = [(None, "There are no curves by epoch: --print_freq had nothing watched.")] if history else []
     for name, drawn in draw.items():
         drawn(os.path.join(folder, name))
@@ -248,10 +247,14 @@ def class_name(name: str) -> str:
 
 
 def features_of(model, batches) -> torch.Tensor:
-    """g(x) of every image, scaled to length 1, (N, D) on the CPU, in the order of `batches`."""
+    """g(x) of every image, scaled to length 1, (N, D) on the CPU, in the order of `batches`.
+
+    What is not finite, as a strange model's features may be, counts as 0.
+    """
     model.eval()
     with torch.inference_mode():
-        return torch.cat([torch.nn.functional.normalize(model.features(x)).cpu() for x, _ in batches])
+        features = torch.cat([model.features(images).cpu() for images, _ in batches])
+        return F.normalize(features.nan_to_num(0, 0, 0))
 
 
 @dataclass
@@ -277,8 +280,8 @@ class Plane:
         return (points.double() - self.mean) @ self.directions
 
     def shares(self, points: torch.Tensor) -> list[float]:
-        """How much of the variance of (N, D) points lies along each direction, 0..1."""
-        return (self.map(points).var(0) / points.double().var(0).sum()).tolist()
+        """How much of the variance of (N, D) points lies along each direction, 0..1; 0 where there is none."""
+        return (self.map(points).var(0) / points.double().var(0).sum()).nan_to_num().tolist()
 
 
 def draw_features(path: str, features: dict[str, tuple], of_target: torch.Tensor, figures: dict[str, dict]) -> None:
@@ -302,7 +305,7 @@ def draw_features(path: str, features: dict[str, tuple], of_target: torch.Tensor
                 axes.scatter(*points.unbind(1), **MARKS[mark])
             # One square window on a plane, wide enough for every panel on it.
             here = torch.cat([planes[base].map(torch.cat(features[n])) for n, plane, _ in panels if plane == base])
-            middle, half = (here.amax(0) + here.amin(0)) / 2, 0.54 * (here.amax(0) - here.amin(0)).max()
+            middle, half = (here.amax(0) + here.amin(0)) / 2, 0.54 * (here.amax(0) - here.amin(0)).max().clamp(min=1e-3)
             (left, bottom), (right, top) = (middle - half).tolist(), (middle + half).tolist()
             axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
             asr = f"ASR {figures[name]['asr']:.2f}%"

@@ -98,7 +98,8 @@ def figures_rows(classes: list[str], before: dict, after: dict | None = None) ->
     names = [*FIGURES.values(), *(f"  {label} {name}" for label, name in enumerate(classes))]
 
     def column(figures):
-        return [*(figures[key] for key in FIGURES), *figures["per_class"]]
+        # A model may know more classes than the data has.
+        return [*(figures[key] for key in FIGURES), *figures["per_class"][: len(classes)]]
 
     if after is None:
         return ["percent", "measured"], [list(row) for row in zip(names, column(before), strict=True)]
