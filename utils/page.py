@@ -37,7 +37,8 @@ p, figcaption { color: var(--soft); margin: .5rem 0; overflow-wrap: anywhere; }
 .tile span { color: var(--soft); font-size: .9rem; }
 .card { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { padding: .42rem .9rem; text-align: left; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+th, td { padding: .42rem .9rem; text-align: left; border-top: 1px solid var(--line); }
+.pairs td { overflow-wrap: anywhere; }
 tr:first-child > * { border-top: 0; }
 th { font-weight: 600; }
 thead th { color: var(--soft); white-space: nowrap; }
@@ -149,7 +150,7 @@ def _pairs(values):
     """A dict as a table of two columns; its numbers have any size, so that two decimals would not do."""
     rows = [[name, f"{value:.4g}" if isinstance(value, float) else value] for name, value in values.items()]
     body = "\n".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
-    return f'<div class="card"><table>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    return f'<div class="card pairs"><table>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def _class(*names):
