@@ -27,14 +27,17 @@ CURVES = {  # figure -> label, the colour of the images it is measured on, marke
     "asr": ("ASR", TRIGGERED, "o-"),
 }
 CAPTIONS = {
-    "trigger.png": "The trigger, pixel by pixel. The true one is what the attack does to this image, the inverted one "
-    "the pattern d that was found, in x' = clamp(x + d, 0, 1).",
-    "features.png": "g(x), the pooled features before the last layer, of the same test images in every panel, scaled "
-    "to length 1 since MCL's loss sees their directions only, on two principal components; in brackets, the share of a "
-    "panel's variance along them. Triggered images carry the true trigger. The same axes show where the points went; a "
-    "model's own axes would show a cluster that those do not see.",
+    "trigger.png": "The trigger, pixel by pixel: what the attack does to this image.",
+    "features.png": "g(x), the pooled features before the last layer, of test images, scaled to length 1 since MCL's "
+    "loss sees their directions only, on two principal components; in brackets, the share of a panel's variance along "
+    "them. Triggered images carry the true trigger.",
     "curves.png": "By epoch, on the images watched during training, which are not the test images.",
     "per_class.png": "Accuracy on the clean test images of each class.",
+}
+COMPARED = {  # what to add where a purified model stands beside the victim
+    "trigger.png": " The inverted one is the pattern d that was found, in x' = clamp(x + d, 0, 1).",
+    "features.png": " The images are the same in every panel. The same axes show where the points went; a model's own "
+    "axes would show a cluster that those do not see.",
 }
 MARKS = {  # of an image on the map of features
     "clean": {"color": CLEAN, "marker": "o", "s": 8, "alpha": 0.7, "linewidths": 0},
@@ -73,7 +76,7 @@ def draw_run(folder, classes, sample, attack, models, figures, history, trigger=
         figures: what utils.metrics.evaluate says of each of them, under the same names.
         history: rows of a training, an epoch each (0: its start), some with what was watched; none where nothing was
             trained.
-        trigger: the inverted one, as `draw_trigger` takes it, or None.
+        trigger: the inverted one that led to "after", as `draw_trigger` takes it, or None.
 
     Returns:
         (file name, caption) of each picture, in the order to show them; None and the reason where one is missed.
@@ -102,7 +105,8 @@ def draw_run(folder, classes, sample, attack, models, figures, history, trigger=
         missed = [(None, "There are no curves by epoch: --print_freq had nothing watched.")] if history else []
     for name, drawn in draw.items():
         drawn(os.path.join(folder, name))
-    return [(name, CAPTIONS[name]) for name in draw] + missed
+    compared = COMPARED if "after" in models else {}
+    return [(name, CAPTIONS[name] + compared.get(name, "")) for name in draw] + missed
 
 
 def spread(total: int) -> torch.Tensor:
