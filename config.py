@@ -48,8 +48,9 @@ def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto takes CUDA where there is one")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of training; measuring is always in fp32")
     add("--print_freq", type=count, default=1, help="watch ACC and ASR every so many epochs; 0: never")
+    add("--tensorboard", action="store_true", help="log what is watched for TensorBoard too, into results/<name>/")
     add("--checkpoint_root", default="weight", help="folder for weights")
-    add("--log_root", default="results", help="folder for <name>/metrics.json and <name>/history.csv")
+    add("--log_root", default="results", help="folder for <name>/: metrics.json, history.csv, report.html, pictures")
     add("--name", help="names the run's files; made from the options unless given")
     return parser
 
@@ -128,11 +129,13 @@ APPLIES = {
     "target_label": ("--target_type all2one or cleanLabel", lambda opt: opt.target_type != "all2all"),
     "finetune_epochs": _FINETUNING,
     "finetune_lr": _FINETUNING,
+    "tensorboard": ("--print_freq from 1 to --epochs", lambda opt: 0 < opt.print_freq <= opt.epochs),
 }
 # ... those that mean nothing where a model is only measured, and those that do where nothing is poisoned.
 DEFENDING = (
     "target ratio inversion_rounds inversion_steps inversion_batches positive finetune_epochs finetune_lr epochs "
-    "batch_size lr schedule momentum weight_decay temperature clean_weight contrast augment ema precision print_freq"
+    "batch_size lr schedule momentum weight_decay temperature clean_weight contrast augment ema precision print_freq "
+    "tensorboard"
 )
 POISONING = "train_delta epsilon noise_ratio"
 

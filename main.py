@@ -4,7 +4,8 @@
     python main.py --dataset shapes                 the same on drawn pictures: no download, under two minutes
     python main.py --model FILE --defense none      only measure a model
 
-Prints ACC and ASR before and after; writes weight/<name>.tar and results/<name>/ (metrics.json, history.csv).
+Prints ACC and ASR before and after; writes weight/<name>.tar and results/<name>/ (metrics.json, history.csv, pictures,
+and report.html with all of it).
 """
 
 import os
@@ -15,12 +16,15 @@ from data_loader import get_attack, get_clean_split, get_eval_set, get_normaliza
 from defenses.inversion import HIT_RATE, invert_trigger
 from defenses.mcl import finetune, purify
 from models import select_model
+from utils.board import open_board
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
-from utils.report import Stopwatch, figures_table, published_table, versions
+from utils.page import write_page
+from utils.plots import draw_run, spread
+from utils.report import Stopwatch, figures_table, published_table, run_facts
 from utils.seed import generator
 
 
@@ -32,6 +36,7 @@ def main():
     results, purified = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
     check_folder(results)
     check_folder(opt.checkpoint_root)
+    log = open_board(results) if opt.tensorboard else None
 
     with clock("data"):
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
@@ -42,39 +47,40 @@ def main():
             split = get_clean_split(opt, train_set, attack, device)
     print(f"victim {path}: {facts['arch']}, {attack.describe()}")
     with clock("evaluate"):
-        before = evaluate(victim, test, attack, device)
+        figures = {"before": evaluate(victim, test, attack, device)}
+    models, curves, trigger = {"before": victim}, [], None
 
-    student, trigger, after = None, None, None
     if opt.defense == "mcl":
         print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images; target {target}")
-        watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq)
-        student, trigger, history = run_mcl(opt, victim, split, target, watch, device, clock)
+        watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq, log)
         with clock("evaluate"):
-            after = evaluate(student, test, attack, device)
-        save_checkpoint(purified, student, **facts, metrics=after)
+            curves = [{"epoch": 0, **watch(victim, 0)}]
+        models["after"], trigger, history = run_mcl(opt, victim, split, target, watch, device, clock)
+        with clock("evaluate"):
+            figures["after"] = evaluate(models["after"], test, attack, device)
+        save_checkpoint(purified, models["after"], **facts, metrics=figures["after"])
         write_csv(os.path.join(results, "history.csv"), history)
         print(f"purified: {purified}")
+        curves += history
 
     print()
-    print(published_table(opt.dataset, before, after), figures_table(test_set.classes, before, after), sep="\n\n")
-    write_json(
-        os.path.join(results, "metrics.json"),
-        {
-            "dataset": opt.dataset,
-            "model": path,
-            "defense": opt.defense,
-            "seed": opt.seed,
-            "device": str(device),
-            "before": before,
-            "after": after,
-            "target_label": attack.target,
-            "detected_label": None,
-            "trigger": trigger and {"pixels": trigger.pixels, "l1": trigger.l1, "hit_rate": 100 * trigger.hit_rate},
-            "seconds": clock.read(),
-            "config": vars(opt),
-            "versions": versions(),
-        },
-    )
+    print(published_table(opt.dataset, **figures), figures_table(test_set.classes, **figures), sep="\n\n")
+    with clock("report"):
+        few = spread(len(test_set.labels))
+        sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
+        pictures = draw_run(results, test_set.classes, sample, attack, models, figures, curves, trigger)
+    metrics = {
+        "model": path,
+        "defense": opt.defense,
+        "before": figures["before"],
+        "after": figures.get("after"),
+        "detected_label": None,
+        "trigger": trigger and {"pixels": trigger.pixels, "l1": trigger.l1, "hit_rate": 100 * trigger.hit_rate},
+        **run_facts(vars(opt), attack, device, clock.read()),
+    }
+    write_json(os.path.join(results, "metrics.json"), metrics)
+    write_page(os.path.join(results, "report.html"), name, metrics, test_set.classes, pictures)
+    print(f"\nreport: {os.path.join(results, 'report.html')}")
 
 
 def victim_path(opt):

@@ -5,7 +5,8 @@
     python train_badnet.py --trigger_type X     another attack, with the defaults that config.ATTACKS has for it
     python train_badnet.py --inject_portion 0   a clean model, which trojanTrigger and clTrigger start from
 
-Writes weight/<dataset>/<name>.pth.tar (weights, attack, figures) and results/<name>/ (metrics.json, history.csv).
+Writes weight/<dataset>/<name>.pth.tar (weights, attack, figures) and results/<name>/ (metrics.json, history.csv,
+pictures, and report.html with all of it).
 """
 
 import os
@@ -16,12 +17,15 @@ import torch.nn.functional as F
 import config
 from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_normalization, load_images
 from models import select_model
+from utils.board import open_board
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from utils.device import pick_device
 from utils.errors import UserError, run_script
 from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
-from utils.report import figures_table, versions
+from utils.page import write_page
+from utils.plots import draw_run, spread
+from utils.report import figures_table, run_facts
 from utils.seed import seed_weights
 from utils.training import train
 
@@ -34,6 +38,7 @@ def main():
     results = os.path.join(opt.log_root, opt.name or f"{opt.dataset}-{name}")
     for folder in (os.path.dirname(weights), results):
         check_folder(folder)
+    log = open_board(results) if opt.tensorboard else None
     seconds, start = {}, time.perf_counter()
 
     # Poison: a share of the training images gets the trigger and the label that the attack wants.
@@ -64,7 +69,7 @@ def main():
         schedule=opt.schedule,
         precision=opt.precision,
         title="victim",
-        watch=watcher(watched, attack, device, opt.precision, opt.print_freq),
+        watch=watcher(watched, attack, device, opt.precision, opt.print_freq, log),
     )
     seconds["train"] = time.perf_counter() - began
 
@@ -72,7 +77,6 @@ def main():
     began = time.perf_counter()
     figures = evaluate(model, test, attack, device)
     seconds["evaluate"] = time.perf_counter() - began
-    seconds["total"] = time.perf_counter() - start
     print(figures_table(test_set.classes, figures))
 
     save_checkpoint(
@@ -86,21 +90,18 @@ def main():
         metrics=figures,
     )
     write_csv(os.path.join(results, "history.csv"), history)
-    write_json(
-        os.path.join(results, "metrics.json"),
-        {
-            "dataset": opt.dataset,
-            "model": weights,
-            "seed": opt.seed,
-            "device": str(device),
-            "victim": figures,
-            "target_label": attack.target,
-            "seconds": seconds,
-            "config": vars(opt),
-            "versions": versions(),
-        },
-    )
-    print(f"victim: {weights}   figures: {os.path.join(results, 'metrics.json')}")
+
+    began = time.perf_counter()
+    few = spread(len(test_set.labels))
+    sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
+    pictures = draw_run(results, test_set.classes, sample, attack, {"before": model}, {"before": figures}, history)
+    seconds["report"] = time.perf_counter() - began
+    seconds["total"] = time.perf_counter() - start
+    metrics = {"model": weights, "victim": figures, **run_facts(vars(opt), attack, device, seconds)}
+    write_json(os.path.join(results, "metrics.json"), metrics)
+    title = os.path.basename(results)
+    write_page(os.path.join(results, "report.html"), title, {**metrics, "before": figures}, test_set.classes, pictures)
+    print(f"victim: {weights}   report: {os.path.join(results, 'report.html')}")
 
 
 def victim_name(opt):

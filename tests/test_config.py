@@ -23,6 +23,8 @@ import config
             "--target_label applies only with --target_type all2one or cleanLabel",
         ),
         (["--positive", "backdoored", "--finetune_lr", "0.1"], "--finetune_lr applies only with --positive finetuned"),
+        (["--tensorboard", "--print_freq", "0"], "--tensorboard applies only with --print_freq from 1 to --epochs"),
+        (["--defense", "none", "--tensorboard"], "--tensorboard does not apply with --defense none"),
         (["--defense", "none", "--epochs", "3"], "--epochs does not apply with --defense none"),
     ],
 )

@@ -63,7 +63,7 @@ def test_purification_removes_the_backdoor_and_keeps_the_accuracy(folder, purifi
     assert len(after["per_class"]) == 10
     assert metrics["target_label"] == 5
     assert metrics["trigger"]["hit_rate"] >= 90
-    assert set(metrics["seconds"]) == {"data", "finetune", "inversion", "purify", "evaluate", "total"}
+    assert set(metrics["seconds"]) == {"data", "finetune", "inversion", "purify", "evaluate", "report", "total"}
     for figure in ("acc_published", "asr", "acc", "ra"):
         assert f"{after[figure]:.2f}" in purified.stdout
     assert "5 wedge" in purified.stdout
@@ -71,6 +71,15 @@ def test_purification_removes_the_backdoor_and_keeps_the_accuracy(folder, purifi
         rows = list(csv.DictReader(file))
     assert len(rows) == metrics["config"]["epochs"]
     assert {"epoch", "lr", "loss", "acc", "asr", "ra"} <= set(rows[0])
+    pictures = {"trigger.png", "features.png", "curves.png", "per_class.png"}
+    assert pictures | {"report.html"} <= set(os.listdir(folder / "results" / "first"))
+    assert (folder / "results" / "first" / "report.html").read_text().count("<img ") == len(pictures)
+
+
+def test_a_run_that_watches_nothing_has_no_curves_and_says_so(folder, victim):
+    results = folder / "results" / "victim"
+    assert not (results / "curves.png").exists()
+    assert "There are no curves" in (results / "report.html").read_text()
 
 
 def test_the_purified_weights_measure_what_was_reported(script, folder, purified):
