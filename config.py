@@ -8,6 +8,21 @@ from utils.errors import nearest
 
 DATASETS = ["CIFAR10", "CIFAR100", "GTSRB", "folder", "shapes"]
 SCHEDULES = ["onecycle", "cosine", "steps"]
+# Label mode -> poison rate. all2all asks more of a model; cleanLabel counts the images of the target class alone.
+RATES = {"all2one": 0.1, "all2all": 0.2, "cleanLabel": 0.5}
+# Trigger -> what its victims are called, the label mode it is known with, and the options of its own.
+ATTACKS = {
+    "gridTrigger": ("badnet", "all2one", {}),
+    "squareTrigger": ("square", "all2one", {"trig_w": 3, "trig_h": 3}),
+    "fourCornerTrigger": ("corners", "all2one", {}),
+    "centerTrigger": ("center", "all2one", {}),
+    "randomPixelTrigger": ("pixels", "all2one", {"opacity": 0.2}),
+    "blendTrigger": ("blend", "all2one", {"opacity": 0.2, "trigger_image": None}),
+    "trojanTrigger": ("trojan", "all2one", {"trig_w": 5, "trig_h": 5, "surrogate": None}),
+    "signalTrigger": ("sig", "cleanLabel", {"delta": 40.0, "train_delta": 30.0}),
+    "clTrigger": ("cl", "cleanLabel", {"epsilon": 8, "surrogate": None}),
+    "wanetTrigger": ("wanet", "all2one", {"warp": 0.5, "noise_ratio": 2.0}),
+}
 DATA_ROOT = os.environ.get("MCL_DATA_ROOT") or "data"
 
 
@@ -25,29 +40,57 @@ def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
     add("--image_size", type=positive, default=32, help="pixels a side, for GTSRB and folder, whose pictures differ")
     add("--num_class", type=positive, help="number of classes; follows the data set unless given")
 
-    add = parser.add_argument_group("model and attack (main.py takes from the checkpoint what it states)").add_argument
+    add = parser.add_argument_group("model (main.py takes from the checkpoint what it states)").add_argument
     add("--arch", default="WRN-16-1", help="WRN-<depth>-<width>, ResNet18 or PreActResNet18")
     add("--normalize", default="dataset", choices=["dataset", "none"], help="input normalisation; none: raw [0, 1]")
-    add("--trigger_type", default="gridTrigger", choices=["gridTrigger", "squareTrigger"], help="what is stamped on")
-    add("--trig_w", type=positive, default=3, help="width of squareTrigger in pixels")
-    add("--trig_h", type=positive, default=3, help="height of squareTrigger in pixels")
-    add("--target_type", default="all2one", choices=["all2one", "all2all"], help="what triggered images are called")
-    add("--target_label", type=int, default=5, help="the attacker's label, for all2one")
+    _add_attack(parser, training=script != "main.py")
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=long, default=1, help="fixes poisoning, split, weights, batches and inversion")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto takes CUDA where there is one")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of training; measuring is always in fp32")
     add("--print_freq", type=count, default=1, help="watch ACC and ASR every so many epochs; 0: never")
+    add("--tensorboard", action="store_true", help="log what is watched for TensorBoard too, into results/<name>/")
     add("--checkpoint_root", default="weight", help="folder for weights")
-    add("--log_root", default="results", help="folder for <name>/metrics.json and <name>/history.csv")
+    add("--log_root", default="results", help="folder for <name>/: metrics.json, history.csv, report.html, pictures")
     add("--name", help="names the run's files; made from the options unless given")
     return parser
 
 
+def _add_attack(parser, training):
+    told = "attack" if training else "attack (where the checkpoint states none)"
+    add = parser.add_argument_group(told).add_argument
+
+    def own(option, kind, told):
+        """An option of some triggers; parse fills in the default of the one that is chosen."""
+        values = {
+            trigger: own_options[option] for trigger, (*_, own_options) in ATTACKS.items() if option in own_options
+        }
+        of = ", ".join(trigger if value is None else f"{trigger} {value:g}" for trigger, value in values.items())
+        add(f"--{option}", type=kind, help=f"{told} ({of})")
+
+    modes = ", ".join(trigger for trigger, (_, mode, _) in ATTACKS.items() if mode == "cleanLabel")
+    add("--trigger_type", default="gridTrigger", choices=ATTACKS, help="what is stamped on")
+    add("--target_type", choices=RATES, help=f"label mode (default: all2one; cleanLabel for {modes})")
+    add("--target_label", type=int, default=5, help="the attacker's label, for all2one and cleanLabel")
+    own("trig_w", positive, "width in pixels")
+    own("trig_h", positive, "height in pixels")
+    own("opacity", share, "share of the picture that is mixed in")
+    own("trigger_image", str, "the picture, a file; drawn unless given")
+    own("delta", above_zero, "amplitude in grey levels, in the test")
+    own("warp", above_zero, "strength s of the warp")
+    if training:
+        rates = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
+        told = f"poison rate, for cleanLabel of the target class; 0: a clean model (default: {rates})"
+        add("--inject_portion", type=share_or_none, help=told)
+        own("train_delta", above_zero, "amplitude in grey levels, in training")
+        own("epsilon", positive, "bound of the noise, in grey levels")
+        own("noise_ratio", zero_or_more, "images with noise and their true label, for each poisoned one")
+        own("surrogate", str, "a clean model's checkpoint; weight/<dataset>/WRN-16-1-clean.pth.tar unless given")
+
+
 def _add_training(parser):
     add = parser.add_argument_group("training").add_argument
-    add("--inject_portion", type=share, default=0.1, help="poison rate: share of the training images")
     add("--epochs", type=positive, default=20, help="passes over the poisoned training set")
     add("--batch_size", type=positive, default=128, help="images a step")
     add("--lr", type=above_zero, default=0.4, help="peak learning rate of the schedule")
@@ -63,8 +106,9 @@ def _add_defense(parser):
     add("--defense", default="mcl", choices=["mcl", "none"], help="none only measures the model")
     add("--target", type=int, help="the label the defender works against (default: the attack's)")
     add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
-    add("--inversion_steps", type=positive, default=60, help="at most so many; each ends with a look at the pattern")
-    add("--inversion_batches", type=positive, default=10, help="batches of the clean split in a step of the inversion")
+    add("--inversion_rounds", type=positive, default=5, help="searches, each near where the last ended; published: 1")
+    add("--inversion_steps", type=positive, default=36, help="in a round; each ends with a look at the pattern")
+    add("--inversion_batches", type=positive, default=3, help="batches of the clean split in a step of the inversion")
     add("--positive", default="finetuned", choices=["finetuned", "backdoored"], help="whose clean feature is z+")
     add("--finetune_epochs", type=positive, default=5, help="passes over the clean split to make the positive model")
     add("--finetune_lr", type=above_zero, default=0.003, help="peak learning rate of those")
@@ -83,20 +127,20 @@ def _add_defense(parser):
 
 # Options that apply only under another one, and are refused elsewhere: what that is, in words and as a test.
 _FINETUNING = ("--positive finetuned", lambda opt: opt.positive == "finetuned")
-_SQUARE = ("--trigger_type squareTrigger", lambda opt: opt.trigger_type == "squareTrigger")
 APPLIES = {
     "image_size": ("--dataset GTSRB or folder", lambda opt: opt.dataset in ("GTSRB", "folder")),
-    "trig_w": _SQUARE,
-    "trig_h": _SQUARE,
-    "target_label": ("--target_type all2one", lambda opt: opt.target_type == "all2one"),
+    "target_label": ("--target_type all2one or cleanLabel", lambda opt: opt.target_type != "all2all"),
     "finetune_epochs": _FINETUNING,
     "finetune_lr": _FINETUNING,
+    "tensorboard": ("--print_freq from 1 to --epochs", lambda opt: 0 < opt.print_freq <= opt.epochs),
 }
-# ... and those that mean nothing where a model is only measured.
+# ... those that mean nothing where a model is only measured, and those that do where nothing is poisoned.
 DEFENDING = (
-    "target ratio inversion_steps inversion_batches positive finetune_epochs finetune_lr epochs batch_size lr schedule "
-    "momentum weight_decay temperature clean_weight contrast augment ema precision print_freq"
+    "target ratio inversion_rounds inversion_steps inversion_batches positive finetune_epochs finetune_lr epochs "
+    "batch_size lr schedule momentum weight_decay temperature clean_weight contrast augment ema precision print_freq "
+    "tensorboard"
 )
+POISONING = "train_delta epsilon noise_ratio"
 
 
 def parse(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
@@ -111,14 +155,28 @@ def parse(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespac
     absent = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(options), absent))
     given = {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not absent}
-    for name in sorted(given & set(APPLIES)):
-        condition, applies = APPLIES[name]
+    _fill_in_attack(options)
+    for name in sorted(given):
+        triggers = [trigger for trigger, (*_, own_options) in ATTACKS.items() if name in own_options]
+        if triggers and options.trigger_type not in triggers:
+            parser.error(f"--{name} applies only with --trigger_type {' or '.join(triggers)}")
+        condition, applies = APPLIES.get(name, ("", lambda opt: True))
         if not applies(options):
             parser.error(f"--{name} applies only with {condition}")
-    unused = given.intersection(DEFENDING.split())
-    if unused and getattr(options, "defense", None) == "none":
-        parser.error(f"--{min(unused)} does not apply with --defense none, which only measures")
+        if name in DEFENDING.split() and getattr(options, "defense", None) == "none":
+            parser.error(f"--{name} does not apply with --defense none, which only measures")
+        if name in POISONING.split() and options.inject_portion == 0:
+            parser.error(f"--{name} does not apply with --inject_portion 0, which poisons nothing")
     return options, given
+
+
+def _fill_in_attack(options):
+    """Give what the user left to the trigger and the label mode their defaults, as far as the script has the option."""
+    _, usual_mode, own_options = ATTACKS[options.trigger_type]
+    options.target_type = options.target_type or usual_mode
+    for name, value in {"inject_portion": RATES[options.target_type], **own_options}.items():
+        if getattr(options, name, value) is None:
+            setattr(options, name, value)
 
 
 class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
@@ -167,4 +225,5 @@ count = _number(int, lambda n: n >= 0, "0 or more")
 above_zero = _number(float, lambda x: 0 < x < float("inf"), "above 0")
 zero_or_more = _number(float, lambda x: 0 <= x < float("inf"), "0 or more")
 share = _number(float, lambda x: 0 < x <= 1, "above 0 and up to 1")
+share_or_none = _number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 decay = _number(float, lambda x: 0 <= x < 1, "from 0 to below 1")

@@ -43,6 +43,11 @@ class ImageSet:
     labels: torch.Tensor
     classes: list[str]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return tuple(self.images.shape[1:3])
+
 
 class TensorImages(Dataset):
     """A data set held as two tensors; d[i] -> ((3, H, W) float image in [0, 1], int label)."""
@@ -79,31 +84,30 @@ class DatasetCL(TensorImages):
 class DatasetBD(TensorImages):
     """The backdoored view of a set.
 
-    mode "train": a random share `attack.inject_portion` of all images is stamped and renamed, the rest left alone.
+    mode "train": a random share of the images is attacked, as `attack.poison` says, the rest left alone.
     mode "test": only the images that the attack would rename, every one of them stamped; `labels` are the attacker's.
     `true_labels` (N,) and `poisoned` (N,) bool say what was done. Poisoning takes place before augmentation.
+
+    Args:
+        rng: where the choice of images comes from, in training.
+        surrogate: the frozen model that clTrigger needs in training.
 
     Raises:
         UserError: a poison rate that yields no image, or a label beyond the attack's classes.
     """
 
-    def __init__(self, images, labels, attack: Attack, mode: str, rng: torch.Generator | None = None):
+    def __init__(self, images, labels, attack: Attack, mode: str, rng: torch.Generator | None = None, surrogate=None):
         if int(labels.max()) >= attack.num_class:
             raise UserError(f"the data has label {int(labels.max())}, but there are only {attack.num_class} classes")
         if mode == "train":
-            count = int(attack.inject_portion * len(labels))
-            if count == 0:
-                raise UserError(f"--inject_portion {attack.inject_portion} of {len(labels)} images poisons none")
-            index = torch.randperm(len(labels), generator=rng)[:count]
-            images, self.true_labels = images.clone(), labels
+            self.true_labels = labels
+            images, labels, self.poisoned = attack.poison(images, labels, rng, surrogate)
         else:
             keep = attack.counts(labels)
-            images, self.true_labels = images[keep], labels[keep]
-            index = torch.arange(len(images))
-        self.poisoned = torch.zeros(len(images), dtype=torch.bool)
-        self.poisoned[index] = True
-        images[index] = attack.stamp(images[index])
-        super().__init__(images, torch.where(self.poisoned, attack.wanted(self.true_labels), self.true_labels))
+            self.true_labels = labels[keep]
+            images, labels = attack.stamp(images[keep]), attack.wanted(self.true_labels)
+            self.poisoned = torch.ones(len(images), dtype=torch.bool)
+        super().__init__(images, labels)
 
 
 class Batches:
@@ -280,17 +284,34 @@ def get_normalization(opt) -> tuple:
     return NORMALIZATION[opt.dataset] if opt.normalize == "dataset" else ((0.0,) * 3, (1.0,) * 3)
 
 
-def get_attack(opt, num_class: int) -> Attack:
-    """The attack that the options describe."""
-    sizes = {name: getattr(opt, name) for name in TRIGGERS[opt.trigger_type][1]}
-    rate = getattr(opt, "inject_portion", 0.0)  # main.py has no such option: a poison rate means nothing there
-    return Attack(opt.trigger_type, opt.target_type, opt.target_label, num_class, rate, sizes)
+def get_attack(opt, num_class: int, size: tuple[int, int], surrogate=None) -> Attack:
+    """The attack that the options describe, its tensors made from --seed for images of `size` (H, W).
+
+    Args:
+        surrogate: the frozen clean model that a trojan patch is made on; no other attack needs one here.
+
+    Raises:
+        UserError: they describe none that makes sense, or a trojan patch without a model.
+    """
+    trigger = TRIGGERS[opt.trigger_type]
+    if "surrogate" in trigger.made_from and surrogate is None:
+        raise UserError(f"the patch of {opt.trigger_type} belongs to its victim: only a file that states it has it")
+    made_from = {name: surrogate if name == "surrogate" else getattr(opt, name) for name in trigger.made_from}
+    tensors = trigger.make(size, generator(opt.seed, opt.trigger_type), **made_from) if trigger.make else {}
+
+    def chosen(names):  # main.py has no option of the training view, and no poison rate: they mean nothing there
+        return {name: getattr(opt, name) for name in names if hasattr(opt, name)}
+
+    rate, options, training = getattr(opt, "inject_portion", 0.0), chosen(trigger.options), chosen(trigger.training)
+    return Attack(opt.trigger_type, opt.target_type, opt.target_label, num_class, rate, options, tensors, training)
 
 
-def get_backdoor_loader(opt, train: ImageSet, attack: Attack, device) -> tuple[Batches, EvalSet, torch.Tensor]:
+def get_backdoor_loader(
+    opt, train: ImageSet, attack: Attack, device, surrogate=None
+) -> tuple[Batches, EvalSet, torch.Tensor]:
     """The attacker's training batches, cropped and flipped, a small set to watch the training by (the first 1,000
     training images), and which images are poisoned, (n,) int64 in rising order."""
-    poisoned = DatasetBD(train.images, train.labels, attack, "train", generator(opt.seed, "poison"))
+    poisoned = DatasetBD(train.images, train.labels, attack, "train", generator(opt.seed, "poison"), surrogate)
     _check_batch(poisoned, opt.batch_size, "the training set")
     rng = generator(opt.seed, "batches")
     batches = Batches(poisoned, opt.batch_size, device, shuffle=True, padding=TRAINING_PADDING, drop_last=True, rng=rng)

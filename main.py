@@ -4,25 +4,27 @@
     python main.py --dataset shapes                 the same on drawn pictures: no download, under two minutes
     python main.py --model FILE --defense none      only measure a model
 
-Prints ACC and ASR before and after; writes weight/<name>.tar and results/<name>/ (metrics.json, history.csv).
+Prints ACC and ASR before and after; writes weight/<name>.tar and results/<name>/ (metrics.json, history.csv, pictures,
+and report.html with all of it).
 """
 
 import os
 
-import torch
-
 import config
-from attacks import restore
+from attacks import Attack
 from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images
 from defenses.inversion import HIT_RATE, invert_trigger
 from defenses.mcl import finetune, purify
-from models import recognise, select_model
-from utils.checkpoint import check_fit, load_weights, read_checkpoint, save_checkpoint
+from models import load_model
+from utils.board import open_board
+from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
-from utils.report import Stopwatch, figures_table, published_table, versions
+from utils.page import write_page
+from utils.plots import draw_run, spread
+from utils.report import Stopwatch, figures_table, published_table, run_facts
 from utils.seed import generator
 
 
@@ -32,10 +34,11 @@ def main():
     path = victim_path(opt)
     name = opt.name or f"{opt.dataset}-{os.path.basename(path).split('.')[0]}-{opt.defense}"
     results, purified = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
-    check_folder(results, "history.csv", "metrics.json")
+    check_folder(results, "history.csv", "metrics.json", "report.html")
     check_folder(opt.checkpoint_root, os.path.basename(purified))
     if os.path.realpath(purified) == os.path.realpath(path):
         raise UserError(f"the purified weights would replace the victim, {path}; give another --name")
+    log = open_board(results) if opt.tensorboard else None
 
     with clock("data"):
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
@@ -46,39 +49,40 @@ def main():
             split = get_clean_split(opt, train_set, attack, device)
     print(f"victim {path}: {facts['arch']}, {attack.describe()}")
     with clock("evaluate"):
-        before = evaluate(victim, test, attack, device)
+        figures = {"before": evaluate(victim, test, attack, device)}
+    models, curves, trigger = {"before": victim}, [], None
 
-    student, trigger, after = None, None, None
     if opt.defense == "mcl":
         print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images; target {target}")
-        watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq)
-        student, trigger, history = run_mcl(opt, victim, split, target, watch, device, clock)
+        watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq, log)
         with clock("evaluate"):
-            after = evaluate(student, test, attack, device)
-        save_checkpoint(purified, student, **facts, metrics=after)
+            curves = [{"epoch": 0, **watch(victim, 0)}]
+        models["after"], trigger, history = run_mcl(opt, victim, split, target, watch, device, clock)
+        with clock("evaluate"):
+            figures["after"] = evaluate(models["after"], test, attack, device)
+        save_checkpoint(purified, models["after"], **facts, metrics=figures["after"])
         write_csv(os.path.join(results, "history.csv"), history)
         print(f"purified: {purified}")
+        curves += history
 
     print()
-    print(published_table(opt.dataset, before, after), figures_table(test_set.classes, before, after), sep="\n\n")
-    write_json(
-        os.path.join(results, "metrics.json"),
-        {
-            "dataset": opt.dataset,
-            "model": path,
-            "defense": opt.defense,
-            "seed": opt.seed,
-            "device": str(device),
-            "before": before,
-            "after": after,
-            "target_label": attack.target_label if attack.target_type == "all2one" else None,
-            "detected_label": None,
-            "trigger": trigger and {"pixels": trigger.pixels, "l1": trigger.l1, "hit_rate": 100 * trigger.hit_rate},
-            "seconds": clock.read(),
-            "config": vars(opt),
-            "versions": versions(),
-        },
-    )
+    print(published_table(opt.dataset, **figures), figures_table(test_set.classes, **figures), sep="\n\n")
+    with clock("report"):
+        few = spread(len(test_set.labels))
+        sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
+        pictures = draw_run(results, test_set.classes, sample, attack, models, figures, curves, trigger)
+    metrics = {
+        "model": path,
+        "defense": opt.defense,
+        "before": figures["before"],
+        "after": figures.get("after"),
+        "detected_label": None,
+        "trigger": trigger and {"pixels": trigger.pixels, "l1": trigger.l1, "hit_rate": 100 * trigger.hit_rate},
+        **run_facts(vars(opt), attack, device, clock.read()),
+    }
+    write_json(os.path.join(results, "metrics.json"), metrics)
+    write_page(os.path.join(results, "report.html"), name, metrics, test_set.classes, pictures)
+    print(f"\nreport: {os.path.join(results, 'report.html')}")
 
 
 def victim_path(opt):
@@ -91,7 +95,10 @@ STATED = {
     "arch": ("arch",),
     "num_class": ("num_class",),
     "normalization": ("normalize",),
-    "attack": ("trigger_type", "target_type", "target_label", "trig_w", "trig_h"),
+    "attack": (
+        *("trigger_type", "target_type", "target_label"),
+        *("trig_w", "trig_h", "opacity", "trigger_image", "delta", "warp"),
+    ),
 }
 
 
@@ -101,28 +108,19 @@ def load_victim(opt, given, path, test_set, device):
     for key, options in STATED.items():
         for name in given.intersection(options):
             if key in checkpoint:
-                raise UserError(f"{path} states its {key}; leave out --{name}")
-    arch, classes, weights = checkpoint.get("arch", opt.arch), len(test_set.classes), checkpoint["state_dict"]
+                stated = Attack.restore(checkpoint[key]).describe() if key == "attack" else checkpoint[key]
+                raise UserError(f"{path} states its {key}, {stated}; leave out --{name}")
+    arch, classes = checkpoint.get("arch", opt.arch), len(test_set.classes)
     num_class = checkpoint.get("num_class", opt.num_class or classes)
-    with torch.device("meta"):  # shapes alone, before anything is as large as a file says
-        check_fit(select_model(arch, num_class), weights, path, f"{arch} with {num_class} classes", contents(weights))
     if num_class < classes:
         raise UserError(f"{opt.dataset} has {classes} classes, the model {num_class}")
     normalization = checkpoint.get("normalization") or get_normalization(opt)
     stated = checkpoint.get("attack")
-    attack = restore(stated, num_class, test_set.images[:1]) if stated is not None else get_attack(opt, num_class)
-    victim = select_model(arch, num_class, *normalization)
-    load_weights(victim, weights, path, arch)
+    attack = Attack.restore(stated, num_class, test_set.images[:1]) if stated is not None else None
+    attack = attack or get_attack(opt, num_class, test_set.size)
+    victim = load_model(checkpoint["state_dict"], path, arch, num_class, *normalization)
     facts = {"arch": arch, "num_class": num_class, "dataset": opt.dataset, "normalization": normalization}
     return victim.to(device).eval().requires_grad_(False), attack, {**facts, "attack": attack.state()}
-
-
-def contents(weights):
-    """What a state_dict that does not fit seems to hold, and the options that fit it."""
-    arch, num_class = recognise(weights)
-    if arch is None:
-        return f"it holds no architecture known here ({len(weights)} weights, {num_class or 'unknown'} classes)"
-    return f"it seems to hold {arch} with {num_class} classes: --arch {arch} --num_class {num_class}"
 
 
 def run_mcl(opt, victim, split, target, watch, device, clock):
@@ -147,7 +145,7 @@ def make_positive(opt, victim, split, device):
 
 def make_trigger(opt, victim, split, target, device):
     """The smallest pattern that makes the victim say `target`; where there is none, the run ends."""
-    rng, budget = generator(opt.seed, "inversion"), (opt.inversion_steps, opt.inversion_batches)
+    rng, budget = generator(opt.seed, "inversion"), (opt.inversion_rounds, opt.inversion_steps, opt.inversion_batches)
     trigger = invert_trigger(victim, split.plain, target, device, rng, *budget, opt.precision)
     if trigger is None:
         raise RunError(
@@ -188,9 +186,9 @@ def sgd(opt):
 
 def choose_target(opt, attack):
     """The label to work against: --target, else the attack's own."""
-    if opt.target is None and attack.target_type == "all2all":
+    if opt.target is None and attack.target is None:
         raise UserError("an all2all attack has no single target; say with --target which label to work against")
-    target = attack.target_label if opt.target is None else opt.target
+    target = attack.target if opt.target is None else opt.target
     if not 0 <= target < attack.num_class:
         raise UserError(f"--target {target} is not one of the labels 0..{attack.num_class - 1}")
     return target

@@ -2,10 +2,12 @@
 
     python train_badnet.py                      CIFAR-10, WRN-16-1, grid trigger, target 5, 10 % poisoned, 20 epochs
     python train_badnet.py --dataset shapes     the same on drawn pictures, no download
+    python train_badnet.py --trigger_type X     another attack, with the defaults that config.ATTACKS has for it
+    python train_badnet.py --inject_portion 0   a clean model, which trojanTrigger and clTrigger start from
     python train_badnet.py --resume             go on with that run after it was stopped
 
-Writes weight/<dataset>/<name>.pth.tar (weights, attack, figures) and results/<name>/ (metrics.json, history.csv);
-until those are there, results/<name>/resume.pt after each epoch.
+Writes weight/<dataset>/<name>.pth.tar (weights, attack, figures) and results/<name>/ (metrics.json, history.csv,
+pictures, and report.html with all of it); until those are there, results/<name>/resume.pt after each epoch.
 """
 
 import os
@@ -15,13 +17,16 @@ import torch.nn.functional as F
 
 import config
 from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_normalization, load_images
-from models import select_model
-from utils.checkpoint import load_weights, save_checkpoint
+from models import load_model, select_model
+from utils.board import open_board
+from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from utils.device import pick_device
-from utils.errors import RunError, run_script
+from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
-from utils.report import figures_table, versions
+from utils.page import write_page
+from utils.plots import draw_run, spread
+from utils.report import figures_table, run_facts
 from utils.resume import Resumable, resume_command
 from utils.seed import seed_weights
 from utils.training import train
@@ -30,23 +35,27 @@ from utils.training import train
 def main():
     opt, _ = config.parse("train_badnet.py")
     device = pick_device(opt.device)
-    weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{opt.name or f'{opt.arch}-badnet'}.pth.tar")
-    results = os.path.join(opt.log_root, opt.name or f"{opt.dataset}-{opt.arch}-badnet")
+    name = victim_name(opt)
+    weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{opt.name or name}.pth.tar")
+    results = os.path.join(opt.log_root, opt.name or f"{opt.dataset}-{name}")
     check_folder(os.path.dirname(weights), os.path.basename(weights))
-    check_folder(results, "history.csv", "metrics.json")
+    check_folder(results, "history.csv", "metrics.json", "report.html")
     run = Resumable(results, vars(opt), opt.resume)
     if run.finished():
         return print(f"nothing to resume: this run has ended, its weights are in {weights}, its figures in {results}")
+    log = open_board(results) if opt.tensorboard else None
     seconds, start = {}, time.perf_counter()
 
-    # Poison: a share of the training images gets the trigger and the attacker's label.
+    # Poison: a share of the training images gets the trigger and the label that the attack wants.
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
     num_class = opt.num_class or len(train_set.classes)
-    attack = get_attack(opt, num_class)
-    batches, watched, poisoned = get_backdoor_loader(opt, train_set, attack, device)
+    surrogate = load_surrogate(opt, num_class, device) if needs_surrogate(opt) else None
+    attack = get_attack(opt, num_class, train_set.size, surrogate)
+    batches, watched, poisoned = get_backdoor_loader(opt, train_set, attack, device, surrogate)
     test = get_eval_set(test_set.images, test_set.labels, attack, device)
     seconds["data"] = time.perf_counter() - start
-    print(f"poisoned {opt.inject_portion:.1%} of {len(train_set.labels):,} images: {attack.describe()}")
+    whose = f"{len(train_set.labels):,}" if opt.target_type != "cleanLabel" else "the target class's"
+    print(f"poisoned {opt.inject_portion:.1%} of {whose} images: {attack.describe()}")
 
     # Train: plain cross-entropy on what the poisoned set says.
     seed_weights(opt.seed)
@@ -70,7 +79,7 @@ def main():
             schedule=opt.schedule,
             precision=opt.precision,
             title="victim",
-            watch=watcher(watched, attack, device, opt.precision, opt.print_freq),
+            watch=watcher(watched, attack, device, opt.precision, opt.print_freq, log),
             generators=[batches.rng],
             resume=state and state["training"],
             save=lambda training: run.save(model, training, poisoned, **facts),
@@ -83,27 +92,58 @@ def main():
     began = time.perf_counter()
     figures = evaluate(model, test, attack, device)
     seconds["evaluate"] = time.perf_counter() - began
-    seconds["total"] = time.perf_counter() - start
     print(figures_table(test_set.classes, figures))
 
     save_checkpoint(weights, model, **facts, metrics=figures)
     write_csv(os.path.join(results, "history.csv"), history)
-    write_json(
-        os.path.join(results, "metrics.json"),
-        {
-            "dataset": opt.dataset,
-            "model": weights,
-            "seed": opt.seed,
-            "device": str(device),
-            "victim": figures,
-            "target_label": attack.target_label if attack.target_type == "all2one" else None,
-            "seconds": seconds,
-            "config": vars(opt),
-            "versions": versions(),
-        },
-    )
+
+    began = time.perf_counter()
+    few = spread(len(test_set.labels))
+    sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
+    pictures = draw_run(results, test_set.classes, sample, attack, {"before": model}, {"before": figures}, history)
+    seconds["report"] = time.perf_counter() - began
+    seconds["total"] = time.perf_counter() - start
+    metrics = {"model": weights, "victim": figures, **run_facts(vars(opt), attack, device, seconds)}
+    write_json(os.path.join(results, "metrics.json"), metrics)
+    title = os.path.basename(results)
+    write_page(os.path.join(results, "report.html"), title, {**metrics, "before": figures}, test_set.classes, pictures)
     run.end()
-    print(f"victim: {weights}   figures: {os.path.join(results, 'metrics.json')}")
+    print(f"victim: {weights}   report: {os.path.join(results, 'report.html')}")
+
+
+def victim_name(opt):
+    """<arch>-<attack>; where the label mode is not the trigger's usual one, it is named too, for the grid alone."""
+    attack, usual_mode, _ = config.ATTACKS[opt.trigger_type]
+    if opt.inject_portion == 0:
+        attack = "clean"
+    elif opt.target_type != usual_mode:
+        attack = opt.target_type if opt.trigger_type == "gridTrigger" else f"{attack}-{opt.target_type}"
+    return f"{opt.arch}-{attack}"
+
+
+def needs_surrogate(opt):
+    """A trojan patch is made on a clean model; the noise of clTrigger, in poisoned images alone, against one."""
+    return opt.trigger_type == "trojanTrigger" or (opt.trigger_type == "clTrigger" and opt.inject_portion > 0)
+
+
+def load_surrogate(opt, num_class, device):
+    """The clean model of --surrogate, frozen; by default the one in weight/, wherever the script is run from.
+
+    Raises:
+        UserError: there is none, or it is not for this data.
+    """
+    beside = os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-clean.pth.tar")
+    path = opt.surrogate or beside
+    if not os.path.isfile(path):
+        train_it = f"python train_badnet.py --dataset {opt.dataset} --inject_portion 0 --name WRN-16-1-clean"
+        raise UserError(f"{opt.trigger_type} needs a clean model, and none is at {path}; train one: {train_it}")
+    checkpoint = read_checkpoint(path)
+    arch, classes = checkpoint.get("arch", opt.arch), checkpoint.get("num_class", num_class)
+    if classes != num_class:
+        raise UserError(f"{opt.dataset} has {num_class} classes, the clean model {path} {classes}")
+    normalization = checkpoint.get("normalization") or get_normalization(opt)
+    model = load_model(checkpoint["state_dict"], path, arch, classes, *normalization)
+    return model.to(device).eval().requires_grad_(False)
 
 
 if __name__ == "__main__":

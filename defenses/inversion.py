@@ -10,9 +10,11 @@ from utils.device import autocast
 from utils.report import progress_bar
 
 HIT_RATE = 0.9  # a pattern counts from this share of images predicted as the target
-PATIENCE = 10  # steps in a row above or below it before the weight of the size moves
-STALLED = 10  # steps without a smaller pattern that end the search, time for one rise of that weight
+PATIENCE = 0.1  # share of the steps, in a row above or below it, after which the weight of the size moves
 RAISE, LOWER = 1.5, 1.5**1.5
+FIRST_WEIGHT, LATER_WEIGHT = 1e-3, 1e-2  # of the size, at the start of the first round and of the others
+REACH, NOISE = 2, 0.5  # a later round starts with noise up to NOISE, within REACH pixels of the pattern
+IDLE_ROUNDS = 2  # rounds in a row without a smaller pattern that end the search
 VISIBLE = 1 / 255  # smaller values vanish in an 8-bit image
 
 
@@ -48,59 +50,85 @@ def size_of(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
     return sum((torch.tanh(v / 10) / (2 - 1e-7) + 0.5).amax(0).sum() for v in (plus, minus))
 
 
-def invert_trigger(victim, batches, target, device, rng, steps, batches_per_step, precision="fp32"):
+def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_per_step, precision="fp32"):
     """Find the smallest pattern d with f_B(clamp(x + d, 0, 1)) = target.
 
-    Minimises CE(f_B(x'), target) + c * R with Adam; c rises while the pattern works and falls while it does not.
+    The first round is the published search, from noise all over the image. It often ends in two halves of a trigger,
+    far apart, where one would do; so each further round sets noise around what is left and shrinks it again.
 
     Args:
         victim: f_B, frozen and in eval mode, on images in [0, 1].
         batches: clean (images, labels) batches, gone through again and again; images of the target itself are left out.
         target: the label, 0..K-1.
-        rng: where the first p and q come from, U[0, 1).
-        steps: at most so many, of `batches_per_step` updates each; the search ends sooner once STALLED of them have
-            found no smaller pattern than the best.
+        rng: where p and q of each round come from, U[0, 1).
+        rounds: at most so many; the search ends sooner once IDLE_ROUNDS in a row found no smaller pattern.
+        steps: of a round, each of `batches_per_step` updates.
 
     Returns:
-        the best Trigger, or None where no step reached a hit rate of 0.9: there is no such pattern.
+        the best Trigger, or None where no step of the first round reached a hit rate of 0.9: there is no such pattern.
     """
     shape = next(iter(batches))[0].shape[1:]
-    plus, minus = (torch.rand(shape, generator=rng).to(device).requires_grad_() for _ in range(2))
-    optimizer = torch.optim.Adam([plus, minus], lr=0.1, betas=(0.5, 0.9))
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
-    best, best_size = None, float("inf")
-    weight, above, below, stalled = 1e-3, 0, 0, 0
-    with progress_bar("invert", steps, "step") as bar:
-        for _ in range(steps):
-            hits, seen, sizes = torch.zeros((), device=device), 0, torch.zeros((), device=device)
-            for images, labels in itertools.islice(stream, batches_per_step):
-                images = images[labels != target]
-                if not len(images):
-                    continue
-                wanted = labels.new_full((len(images),), target)
-                with autocast(device, precision):
-                    logits = victim((images + pattern_of(plus, minus)).clamp(0, 1))
-                    size = size_of(plus, minus)
-                    loss = F.cross_entropy(logits, wanted) + weight * size
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                hits, seen, sizes = hits + (logits.argmax(1) == target).sum(), seen + len(images), sizes + size.detach()
-            hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
-
-            stalled += 1
-            if hit_rate >= HIT_RATE and size < best_size:
-                found = pattern_of(plus, minus).detach()
-                found = Trigger(torch.where(found.abs() < VISIBLE, 0.0, found), hit_rate)
-                if best is None or found.pixels < best.pixels:
-                    best, best_size, stalled = found, size, 0
-            above, below = (above + 1, 0) if hit_rate >= HIT_RATE else (0, below + 1)
-            if above == PATIENCE:
-                weight, above = weight * RAISE, 0
-            if below == PATIENCE:
-                weight, below = weight / LOWER, 0
-            bar.update()
-            bar.set_postfix(hit_rate=f"{hit_rate:.1%}", pixels=best and best.pixels)
-            if best and stalled == STALLED:
+    start, weight = torch.rand(2, *shape, generator=rng), FIRST_WEIGHT
+    best, idle = None, 0
+    with progress_bar("invert", rounds * steps, "step") as bar:
+        for _ in range(rounds):
+            found = _shrink(victim, stream, target, start.to(device), weight, steps, batches_per_step, precision, bar)
+            smaller = found and (best is None or found.pixels < best.pixels)
+            best, idle = (found, 0) if smaller else (best, idle + 1)
+            if best is None or idle == IDLE_ROUNDS:
                 break
+            start, weight = noise_around((found or best).pattern.cpu(), rng), LATER_WEIGHT
+    return best
+
+
+def noise_around(pattern, rng):
+    """p and q, (2, 3, H, W), for a round to start from: the (3, H, W) pattern, and noise near it.
+
+    Elsewhere they are negative, where pattern_of has no gradient: those pixels stay out of the round.
+    """
+    near = F.max_pool2d((pattern != 0).any(0).float()[None], 2 * REACH + 1, stride=1, padding=REACH) > 0
+    noise = NOISE * torch.rand(2, *pattern.shape, generator=rng)
+    return torch.where(near, torch.maximum(noise, torch.stack([pattern, -pattern])), -VISIBLE)
+
+
+def _shrink(victim, stream, target, start, weight, steps, batches_per_step, precision, bar):
+    """One round: minimise CE(f_B(x'), target) + c * R with Adam; c rises while the pattern works, falls while not.
+
+    Returns the smallest pattern with a hit rate of HIT_RATE or more, or None.
+    """
+    plus, minus = (part.clone().requires_grad_() for part in start)
+    optimizer = torch.optim.Adam([plus, minus], lr=0.1, betas=(0.5, 0.9))
+    patience = max(1, int(PATIENCE * steps))
+    best, best_size = None, float("inf")
+    above = below = 0
+    for _ in range(steps):
+        hits, seen, sizes = (torch.zeros((), device=start.device) for _ in range(3))
+        for images, labels in itertools.islice(stream, batches_per_step):
+            images = images[labels != target]
+            if not len(images):
+                continue
+            wanted = labels.new_full((len(images),), target)
+            with autocast(start.device, precision):
+                logits = victim((images + pattern_of(plus, minus)).clamp(0, 1))
+                size = size_of(plus, minus)
+                loss = F.cross_entropy(logits, wanted) + weight * size
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            hits, seen, sizes = hits + (logits.argmax(1) == target).sum(), seen + len(images), sizes + size.detach()
+        hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
+
+        if hit_rate >= HIT_RATE and size < best_size:
+            found = pattern_of(plus, minus).detach()
+            found = Trigger(torch.where(found.abs() < VISIBLE, 0.0, found), hit_rate)
+            if best is None or found.pixels < best.pixels:
+                best, best_size = found, size
+        above, below = (above + 1, 0) if hit_rate >= HIT_RATE else (0, below + 1)
+        if above == patience:
+            weight, above = weight * RAISE, 0
+        if below == patience:
+            weight, below = weight / LOWER, 0
+        bar.update()
+        bar.set_postfix(hit_rate=f"{hit_rate:.1%}", pixels=best and best.pixels)
     return best

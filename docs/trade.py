@@ -38,7 +38,7 @@ def main():
     opt, given = config.parse("main.py")
     device = pick_device(opt.device)
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
-    victim, attack, _ = load_victim(opt, given, victim_path(opt), len(test_set.classes), device)
+    victim, attack, _ = load_victim(opt, given, victim_path(opt), test_set, device)
     target, split = choose_target(opt, attack), get_clean_split(opt, train_set, attack, device)
     others = torch.ones(len(train_set.labels), dtype=torch.bool)
     others[split.index] = False

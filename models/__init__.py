@@ -1,5 +1,5 @@
 """The architectures: each has features(x) and a normalisation in front."""
 
-from models.selector import Classifier, recognise, select_model
+from models.selector import Classifier, load_model, select_model
 
-__all__ = ["Classifier", "recognise", "select_model"]
+__all__ = ["Classifier", "load_model", "select_model"]

@@ -8,6 +8,7 @@ from torch import nn
 from models.preact_resnet import PreActResNet18
 from models.resnet import ResNet18
 from models.wresnet import WideResNet
+from utils.checkpoint import check_fit, load_weights
 from utils.errors import UserError, nearest
 
 MOST_CLASSES = 100_000
@@ -72,6 +73,27 @@ def select_model(arch: str, num_class: int, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0,
         known = ", ".join(["WRN-16-1 (or any depth and width)", *RESNETS])
         raise UserError(f"no architecture named {arch!r}; there are {known}{nearest(arch, ['WRN-16-1', *RESNETS])}")
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
+
+
+def load_model(weights: dict, path: str, arch: str, num_class: int, mean, std) -> Classifier:
+    """`arch` with the weights of a file.
+
+    Raises:
+        UserError: they do not fit; the message says what the file seems to hold.
+    """
+    with torch.device("meta"):  # shapes alone, before anything is as large as a file says
+        check_fit(select_model(arch, num_class), weights, path, f"{arch} with {num_class} classes", _contents(weights))
+    model = select_model(arch, num_class, mean, std)
+    load_weights(model, weights, path, arch)
+    return model
+
+
+def _contents(weights):
+    """What a state_dict that does not fit seems to hold, and the options that fit it."""
+    arch, num_class = recognise(weights)
+    if arch is None:
+        return f"it holds no architecture known here ({len(weights)} weights, {num_class or 'unknown'} classes)"
+    return f"it seems to hold {arch} with {num_class} classes: --arch {arch} --num_class {num_class}"
 
 
 def recognise(weights: dict) -> tuple[str | None, int | None]:

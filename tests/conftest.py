@@ -29,10 +29,12 @@ def cifar_root():
 
 @pytest.fixture(scope="session")
 def script():
-    """Run a script of the repository in another process; returns the finished process, its output as text."""
+    """Run a script of the repository, or -m and a module of it, in another process; returns the finished process, its
+    output as text."""
 
     def run(*words, cwd=ROOT):
-        command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
+        words = words if words[0] == "-m" else (ROOT / words[0], *words[1:])
+        command = [sys.executable, *map(str, words)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
 
     return run

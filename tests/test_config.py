@@ -19,10 +19,16 @@ from utils.errors import RunError, UserError, run_script
         (["--ratio", "1.5"], "1.5 is not above 0 and up to 1"),
         (["--lr", "nan"], "nan is not above 0"),
         (["--ema", "1"], "1 is not from 0 to below 1"),
-        (["--trig_w", "2"], "--trig_w applies only with --trigger_type squareTrigger"),
+        (["--trig_w", "2"], "--trig_w applies only with --trigger_type squareTrigger or trojanTrigger"),
+        (["--opacity", "0.5"], "--opacity applies only with --trigger_type randomPixelTrigger or blendTrigger"),
         (["--image_size", "64"], "--image_size applies only with --dataset GTSRB or folder"),
-        (["--target_type", "all2all", "--target_label", "3"], "--target_label applies only with --target_type all2one"),
+        (
+            ["--target_type", "all2all", "--target_label", "3"],
+            "--target_label applies only with --target_type all2one or cleanLabel",
+        ),
         (["--positive", "backdoored", "--finetune_lr", "0.1"], "--finetune_lr applies only with --positive finetuned"),
+        (["--tensorboard", "--print_freq", "0"], "--tensorboard applies only with --print_freq from 1 to --epochs"),
+        (["--defense", "none", "--tensorboard"], "--tensorboard does not apply with --defense none"),
         (["--defense", "none", "--epochs", "3"], "--epochs does not apply with --defense none"),
     ],
 )
@@ -40,6 +46,24 @@ def test_given_options_are_told_from_defaults():
     options, given = config.parse("main.py", ["--seed", "1", "--dataset", "shapes"])
     assert given == {"seed", "dataset"}
     assert options.seed == 1
+
+
+def test_a_trigger_brings_its_label_mode_rate_and_strength():
+    options, given = config.parse("train_badnet.py", ["--trigger_type", "signalTrigger"])
+    assert (options.target_type, options.inject_portion, options.delta) == ("cleanLabel", 0.5, 40)
+    assert given == {"trigger_type"}
+    options, _ = config.parse("train_badnet.py", ["--trigger_type", "signalTrigger", "--delta", "9"])
+    assert options.delta == 9
+    assert options.opacity is None
+    assert config.parse("train_badnet.py", ["--target_type", "all2all"])[0].inject_portion == 0.2
+
+
+def test_what_poisons_nothing_has_no_options_of_poisoning(capsys):
+    words = ["--trigger_type", "wanetTrigger", "--inject_portion", "0"]
+    assert config.parse("train_badnet.py", words)[0].inject_portion == 0
+    with pytest.raises(SystemExit):
+        config.parse("train_badnet.py", [*words, "--noise_ratio", "1"])
+    assert "--noise_ratio does not apply with --inject_portion 0" in capsys.readouterr().err
 
 
 def test_each_script_has_only_its_own_options():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from defenses.inversion import Trigger, invert_trigger, pattern_of, size_of
+from defenses.inversion import Trigger, invert_trigger, noise_around, pattern_of, size_of
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ def batches():
 
 def invert(victim, batches, **settings):
     rng = torch.Generator().manual_seed(1)
-    return invert_trigger(victim, batches, 1, CPU, rng, **{"steps": 60, "batches_per_step": 4, **settings})
+    return invert_trigger(victim, batches, 1, CPU, rng, **{"rounds": 1, "steps": 50, "batches_per_step": 4, **settings})
 
 
 def test_the_planted_pixel_is_found_and_little_else(batches):
@@ -72,13 +72,25 @@ def test_no_pattern_is_said_and_never_an_empty_one(batches):
     assert invert(Deaf(), batches) is None
 
 
-def test_more_steps_never_find_a_larger_pattern(batches):
-    pixels = [invert(Planted(), batches, steps=steps).pixels for steps in (20, 25, 30, 60)]
-    assert pixels == sorted(pixels, reverse=True)
+def test_noise_starts_near_the_pattern_alone():
+    pattern = torch.zeros(3, 9, 9)
+    pattern[0, 1, 1], pattern[2, 1, 1] = 0.9, -0.8
+    plus, minus = noise_around(pattern, torch.Generator().manual_seed(0))
+    assert (plus[0, 1, 1], minus[2, 1, 1]) == (pattern[0, 1, 1], -pattern[2, 1, 1])
+    assert (plus[:, :4, :4] >= 0).all()
+    assert (plus[:, :4, :4] > 0).sum() >= 47
+    assert (plus[:, 4:] < 0).all()
+    assert (minus[:, :, 4:] < 0).all()
+
+
+def test_further_rounds_shrink_what_the_first_one_left(batches):
+    pixels = [invert(Planted(), batches, rounds=rounds, steps=2).pixels for rounds in (1, 2, 3)]
+    assert pixels[0] > pixels[1] > pixels[2]
 
 
 def test_the_search_ends_where_it_finds_no_smaller_pattern(batches):
-    assert torch.equal(invert(Planted(), batches, steps=200).pattern, invert(Planted(), batches, steps=400).pattern)
+    few, many = (invert(Planted(), batches, rounds=rounds, steps=30).pattern for rounds in (6, 40))
+    assert torch.equal(few, many)
 
 
 def test_images_of_the_target_itself_do_not_count(batches):

@@ -1,5 +1,7 @@
 """Metrics and tables against values worked out by hand."""
 
+from types import SimpleNamespace
+
 import torch
 
 from attacks import Attack
@@ -63,6 +65,17 @@ def test_watching_happens_every_so_many_epochs():
     assert watcher(None, None, torch.device("cpu"), "fp32", 3)(None, 4) == {}
 
 
+def test_what_is_watched_is_logged_too():
+    images, labels = torch.zeros(3, 3, 2, 2), torch.tensor([0, 1, 2])
+    test = SimpleNamespace(clean=[(images, labels)], triggered=[(images[:2], labels[:2])], labels=labels)
+    logged = []
+    watch = watcher(test, attack_of("all2one"), torch.device("cpu"), "fp32", 2, lambda *what: logged.append(what))
+    rows = [watch(Brightest(), epoch) for epoch in (1, 2)]
+    assert rows[0] == {}
+    assert set(rows[1]) == {"acc", "acc_published", "asr", "ra"}
+    assert logged == [(rows[1], 2)]
+
+
 def test_tables_hold_the_figures_under_their_names():
     before = {"acc": 1.0, "acc_published": 2.0, "asr": 3.0, "ra": 4.0, "floor": 5.0, "per_class": [6.0, 7.0]}
     after = {"acc": 11.0, "acc_published": 12.5, "asr": 13.0, "ra": 14.0, "floor": 15.0, "per_class": [16.0, 17.0]}
@@ -75,6 +88,7 @@ def test_tables_hold_the_figures_under_their_names():
         "+10.50",
     ]
     assert "1 dog" in figures_table(["cat", "dog"], before)
+    assert figures_table(["cat"], before, after).splitlines()[-1].split() == ["0", "cat", "6.00", "16.00", "+10.00"]
 
 
 def test_stopwatch_adds_up_a_part():

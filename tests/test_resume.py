@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from PIL import Image
 
 import train_badnet
 from data_loader import Batches, TensorImages
@@ -69,6 +70,10 @@ def check_every_file(folder):
             assert torch.load(path, weights_only=True)["state_dict"]
         elif path.suffix == ".json":
             assert json.loads(path.read_text())["victim"]
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".html":
+            assert path.read_text().rstrip().endswith("</html>")
         else:
             assert len(list(csv.DictReader(path.open()))) == EPOCHS
 

@@ -63,7 +63,7 @@ def test_purification_removes_the_backdoor_and_keeps_the_accuracy(folder, purifi
     assert len(after["per_class"]) == 10
     assert metrics["target_label"] == 5
     assert metrics["trigger"]["hit_rate"] >= 90
-    assert set(metrics["seconds"]) == {"data", "finetune", "inversion", "purify", "evaluate", "total"}
+    assert set(metrics["seconds"]) == {"data", "finetune", "inversion", "purify", "evaluate", "report", "total"}
     for figure in ("acc_published", "asr", "acc", "ra"):
         assert f"{after[figure]:.2f}" in purified.stdout
     assert "5 wedge" in purified.stdout
@@ -71,6 +71,15 @@ def test_purification_removes_the_backdoor_and_keeps_the_accuracy(folder, purifi
         rows = list(csv.DictReader(file))
     assert len(rows) == metrics["config"]["epochs"]
     assert {"epoch", "lr", "loss", "acc", "asr", "ra"} <= set(rows[0])
+    pictures = {"trigger.png", "features.png", "curves.png", "per_class.png"}
+    assert pictures | {"report.html"} <= set(os.listdir(folder / "results" / "first"))
+    assert (folder / "results" / "first" / "report.html").read_text().count("<img ") == len(pictures)
+
+
+def test_a_run_that_watches_nothing_has_no_curves_and_says_so(folder, victim):
+    results = folder / "results" / "victim"
+    assert not (results / "curves.png").exists()
+    assert "There are no curves" in (results / "report.html").read_text()
 
 
 def test_the_purified_weights_measure_what_was_reported(script, folder, purified):
@@ -133,6 +142,38 @@ def test_what_cannot_be_done_is_told_in_one_line_and_writes_nothing(script, fold
     assert told in done.stderr
     assert not (folder / "weight" / "bad.tar").exists()
     assert not (folder / "results" / "bad" / "metrics.json").exists()
+
+
+@pytest.fixture(scope="session")
+def clean(script, folder):
+    words = ("--dataset", "shapes", "--arch", "WRN-10-1", "--device", "cpu", "--print_freq", 0, "--epochs", 1)
+    done = script("train_badnet.py", *words, "--inject_portion", 0, *places(folder))
+    assert done.returncode == 0, done.stderr
+    return (*words, "--surrogate", folder / "weight" / "shapes" / "WRN-10-1-clean.pth.tar")
+
+
+def test_a_victim_with_a_patch_from_a_clean_model_measures_the_same_again(script, folder, clean):
+    done = script("train_badnet.py", *clean, "--trigger_type", "trojanTrigger", *places(folder))
+    assert done.returncode == 0, done.stderr
+    path = folder / "weight" / "shapes" / "WRN-10-1-trojan.pth.tar"
+    words = ("--dataset", "shapes", "--device", "cpu", "--defense", "none", "--model", path, "--name", "x")
+    done = script("main.py", *words, *places(folder))
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(folder, "x")["before"] == metrics_of(folder, "shapes-WRN-10-1-trojan")["victim"]
+
+
+def test_a_missing_clean_model_says_how_to_train_one(script, tmp_path):
+    words = ("--dataset", "shapes", "--trigger_type", "trojanTrigger", "--surrogate", "nowhere.tar")
+    done = script("train_badnet.py", *words, *places(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "train one: python train_badnet.py --dataset shapes --inject_portion 0" in done.stderr
+
+
+def test_the_sheet_has_a_row_for_each_attack(script, folder, clean):
+    done = script("-m", "attacks", "--dataset", "shapes", "--surrogate", clean[-1], "--out", folder / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert "10 attacks" in done.stdout
+    assert (folder / "a.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("shipped", ["CIFAR10", "shapes"])

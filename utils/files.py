@@ -35,6 +35,20 @@ def write_file(path: str, write) -> None:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def remove_file(path: str) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        RunError: it is, and cannot be removed.
+    """
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise RunError(f"cannot remove {path}: {error.strerror or error}") from None
+
+
 def check_folder(path: str, *files: str) -> None:
     """Make the folder and try it, so that hours of work do not end at a file that cannot be written.
 

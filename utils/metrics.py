@@ -58,13 +58,19 @@ def evaluate(model, test, attack, device, precision="fp32") -> dict:
     return accuracy_figures(clean, triggered, test.labels, attack)
 
 
-def watcher(test, attack, device, precision, every):
-    """A function of (model, epoch) that measures every so many epochs (0: never), for the history of a training."""
+def watcher(test, attack, device, precision, every, log=None):
+    """A function of (model, epoch) that measures every so many epochs (0: never), for the history of a training.
+
+    `log`, a function of (figures, epoch), is told each time.
+    """
 
     def watch(model, epoch):
         if every == 0 or epoch % every:
             return {}
         figures = evaluate(model, test, attack, device, precision)
-        return {name: figures[name] for name in ("acc", "acc_published", "asr", "ra")}
+        seen = {name: figures[name] for name in ("acc", "acc_published", "asr", "ra")}
+        if log:
+            log(seen, epoch)
+        return seen
 
     return watch

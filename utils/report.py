@@ -1,5 +1,6 @@
 """What a run tells: how long its parts took, its tables, and the versions behind its numbers."""
 
+import math
 import platform
 import sys
 import time
@@ -51,6 +52,25 @@ def versions() -> dict[str, str]:
     }
 
 
+def run_facts(config: dict, attack, device, seconds: dict) -> dict:
+    """What metrics.json says of any run, whatever it measured.
+
+    Args:
+        config: every option; "dataset" and "seed" among them.
+        attack: with target, the single label wanted, or None.
+        seconds: by part.
+    """
+    return {
+        "dataset": config["dataset"],
+        "seed": config["seed"],
+        "device": str(device),
+        "target_label": attack.target,
+        "seconds": seconds,
+        "config": config,
+        "versions": versions(),
+    }
+
+
 def table(header: list[str], rows: list[list]) -> str:
     """Aligned columns; floats get two decimals."""
     cells = [header] + [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
@@ -62,24 +82,39 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(lines)
 
 
-def published_table(dataset: str, before: dict, after: dict | None = None) -> str:
-    """The table of the MCL paper, whose ACC leaves out the target class, with ACC over all classes and RA beside it."""
+def published_rows(dataset: str, before: dict, after: dict | None = None) -> tuple[list[str], list[list]]:
+    """The table of the MCL paper, whose ACC leaves out the target class, with ACC over all classes and RA beside it:
+    its header and its one row."""
     header = ["Dataset", "Baseline ACC", "Baseline ASR"]
     row = [dataset, before["acc_published"], before["asr"]]
     if after is None:
-        return table([*header, "ACC (all)", "RA"], [[*row, before["acc"], before["ra"]]])
+        return [*header, "ACC (all)", "RA"], [[*row, before["acc"], before["ra"]]]
     header += ["MCLDef ACC", "MCLDef ASR", "ACC (all)", "RA"]
-    return table(header, [[*row, after["acc_published"], after["asr"], after["acc"], after["ra"]]])
+    return header, [[*row, after["acc_published"], after["asr"], after["acc"], after["ra"]]]
 
 
-def figures_table(classes: list[str], before: dict, after: dict | None = None) -> str:
-    """Every metric and every class in percent: one model, or two and the change between them."""
+def figures_rows(classes: list[str], before: dict, after: dict | None = None) -> tuple[list[str], list[list]]:
+    """Every metric, then every class, in percent: one model, or two and the change between them. Header and rows."""
     names = [*FIGURES.values(), *(f"  {label} {name}" for label, name in enumerate(classes))]
 
     def column(figures):
-        return [*(figures[key] for key in FIGURES), *figures["per_class"]]
+        # A model may know more classes than the data has.
+        return [*(figures[key] for key in FIGURES), *figures["per_class"][: len(classes)]]
 
     if after is None:
-        return table(["percent", "measured"], [list(row) for row in zip(names, column(before), strict=True)])
-    rows = [[n, b, a, f"{a - b:+.2f}"] for n, b, a in zip(names, column(before), column(after), strict=True)]
-    return table(["percent", "before", "after", "change"], rows)
+        return ["percent", "measured"], [list(row) for row in zip(names, column(before), strict=True)]
+    rows = []
+    for name, b, a in zip(names, column(before), column(after), strict=True):
+        # nan, of a class without an image, has no sign
+        rows.append([name, b, a, a - b if math.isnan(a - b) else f"{a - b:+.2f}"])
+    return ["percent", "before", "after", "change"], rows
+
+
+def published_table(dataset: str, before: dict, after: dict | None = None) -> str:
+    """`published_rows` as text."""
+    return table(*published_rows(dataset, before, after))
+
+
+def figures_table(classes: list[str], before: dict, after: dict | None = None) -> str:
+    """`figures_rows` as text."""
+    return table(*figures_rows(classes, before, after))

@@ -11,8 +11,8 @@ from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 STATE = "resume.pt"
-# Options that only say where things lie, and whether to resume.
-PLACES = {"data_root", "checkpoint_root", "log_root", "name", "resume"}
+# Options that change no number: where things lie, what else is logged, and whether to resume.
+PLACES = {"data_root", "checkpoint_root", "log_root", "name", "tensorboard", "resume"}
 
 
 class Resumable:
