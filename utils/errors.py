@@ -16,7 +16,7 @@ class RunError(Exception):
     exit_code = 1
 
 
-def run_script(main, stopped: str):
+def run_script(main, stopped: str = "files written so far are whole"):
     """Call `main` and leave with its exit code, telling an error of the kinds above in one line on stderr.
 
     Args:
