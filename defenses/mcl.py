@@ -6,8 +6,8 @@ with the inverted trigger stamped on it, x', the student's feature is drawn to t
 from the backdoored one, g_B(x').
 
 Beyond the paper, each with an option that turns it off: clean images pass through the student as well (clean_weight),
-the positive is averaged over the image and its mirror image (mirror), images of the target class are left out of the
-contrast (target), and the student's weights are averaged over the last steps (ema).
+the positive is averaged over the image and its mirror image, and half of the triggers are mirrored (mirror), images of
+the target class are left out of the contrast (target), and the student's weights are averaged over the last steps (ema).
 """
 
 import copy
@@ -44,6 +44,18 @@ def mirrored_mean(function, images, mirror: bool) -> torch.Tensor:
     return (function(images) + function(images.flip(3))) / 2 if mirror else function(images)
 
 
+def stamp(trigger, images, mirror: bool) -> torch.Tensor:
+    """x', (B, 3, H, W); with `mirror` the second half of the images bears the mirrored trigger.
+
+    A victim is trained on flipped images, poisoned ones among them, so it answers to the trigger either way round; an
+    inverted pattern is one of the two, and a student cured of that one alone may keep the other.
+    """
+    if not mirror:
+        return trigger.stamp(images)
+    half = len(images) // 2
+    return torch.cat([trigger.stamp(images[:half]), trigger.stamp(images[half:].flip(3)).flip(3)])
+
+
 def finetune(victim, batches, device, *, mirror, **training):
     """Make f_F: the victim, fine-tuned on the clean split, frozen.
 
@@ -76,7 +88,7 @@ def purify(victim, positive, trigger, batches, device, *, temperature, clean_wei
         trigger: the inverted trigger, with stamp((B, 3, H, W)) -> x'.
         batches: (images, labels) of the clean split.
         clean_weight: of the clean loss; at 0 clean images do not pass through the student.
-        mirror: z+ is averaged over the image and its mirror image.
+        mirror: z+ is averaged over the image and its mirror image, and half of the triggers are mirrored.
         target: images of this label are left out of the contrast, since their z- is where their z+ is; None: none are.
         training: what utils.training.train takes; its ema averages the student's weights over the last steps.
 
@@ -87,7 +99,7 @@ def purify(victim, positive, trigger, batches, device, *, temperature, clean_wei
     student.head.load_state_dict(positive.head.state_dict())  # it is to read features like f_F's
 
     def loss_of(images, labels):
-        triggered = trigger.stamp(images)
+        triggered = stamp(trigger, images, mirror)
         with torch.no_grad():
             z_positive = mirrored_mean(positive.features, images, mirror)
             z_negative = victim.features(triggered)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defenses.inversion import Trigger
-from defenses.mcl import clean_loss, contrastive_loss, finetune, mirrored_mean, purify
+from defenses.mcl import clean_loss, contrastive_loss, finetune, mirrored_mean, purify, stamp
 from models import select_model
 
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -45,6 +45,17 @@ def test_mirrored_mean_by_hand():
     images = torch.tensor([1.0, 3.0]).view(1, 1, 1, 2)
     assert mirrored_mean(lambda x: x[..., 0], images, False).item() == 1
     assert mirrored_mean(lambda x: x[..., 0], images, True).item() == 2
+
+
+def test_half_of_the_triggers_are_mirrored():
+    pattern = torch.zeros(3, 2, 4)
+    pattern[:, 1, 3] = 1.0
+    images = torch.rand(5, 3, 2, 4, generator=torch.Generator().manual_seed(0)) / 2
+    stamped = stamp(Trigger(pattern, 1.0), images, mirror=True)
+    right, left = images.clone(), images.clone()
+    right[:, :, 1, 3] = left[:, :, 1, 0] = 1.0
+    torch.testing.assert_close(stamped, torch.cat([right[:2], left[2:]]))
+    torch.testing.assert_close(stamp(Trigger(pattern, 1.0), images, mirror=False), right)
 
 
 @pytest.fixture
