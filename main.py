@@ -13,7 +13,7 @@ import os
 import config
 from attacks import Attack
 from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images
-from defenses.inversion import HIT_RATE, invert_trigger
+from defenses.inversion import HIT_RATE, invert_trigger, moved_patterns
 from defenses.mcl import finetune, purify
 from models import load_model
 from utils.board import open_board
@@ -156,11 +156,13 @@ def make_trigger(opt, victim, split, target, device):
 
 
 def make_student(opt, victim, positive, trigger, split, target, watch, device):
-    """f_S and the history of its training."""
+    """f_S and the history of its training; where its images are cropped and flipped, so is the trigger."""
+    moves = opt.augment == "crop_flip"
+    patterns = moved_patterns(victim, trigger, split.plain, target) if moves else trigger.pattern[None]
     return purify(
         victim,
         positive,
-        trigger,
+        patterns,
         split.training,
         device,
         temperature=opt.temperature,

@@ -15,6 +15,7 @@ RAISE, LOWER = 1.5, 1.5**1.5
 FIRST_WEIGHT, LATER_WEIGHT = 1e-3, 1e-2  # of the size, at the start of the first round and of the others
 REACH, NOISE = 2, 0.5  # a later round starts with noise up to NOISE, within REACH pixels of the pattern
 IDLE_ROUNDS = 2  # rounds in a row without a smaller pattern that end the search
+MOVES, ANSWERED = 2, 0.5  # a pattern moved by up to MOVES pixels counts from this share of images
 VISIBLE = 1 / 255  # smaller values vanish in an 8-bit image
 
 
@@ -132,3 +133,35 @@ def _shrink(victim, stream, target, start, weight, steps, batches_per_step, prec
         bar.update()
         bar.set_postfix(hit_rate=f"{hit_rate:.1%}", pixels=best and best.pixels)
     return best
+
+
+def moved_patterns(victim, trigger, batches, target) -> torch.Tensor:
+    """The pattern, then what the victim answers to alike of its shifts by up to 2 pixels and its mirror image's.
+
+    Victims are mostly trained on images cropped and flipped at random, poisoned ones among them, and answer to the
+    trigger wherever that has moved it: a student cured of one place may keep the others. A victim trained without has
+    no such answers, and where its layers stride, one pixel silences the trigger; so the victim is asked.
+
+    Args:
+        victim: f_B, frozen and in eval mode, on images in [0, 1].
+        batches: clean (images, labels) batches, of which one is asked about, without images of the target.
+
+    Returns:
+        (V, 3, H, W), V from 1 to 50; what leaves the image is cut off.
+    """
+    images, labels = next(iter(batches))
+    images = images[labels != target]
+    height, width = trigger.pattern.shape[1:]
+    padded = [F.pad(pattern, (MOVES,) * 4) for pattern in (trigger.pattern, trigger.pattern.flip(2))]
+    moved = torch.stack(
+        [
+            pattern[:, down : down + height, right : right + width]
+            for pattern in padded
+            for down in range(2 * MOVES + 1)
+            for right in range(2 * MOVES + 1)
+        ]
+    )
+    with torch.no_grad():
+        hits = [(victim((images + pattern).clamp(0, 1)).argmax(1) == target).float().mean() for pattern in moved]
+    answered = moved[torch.stack(hits) >= ANSWERED]
+    return torch.cat([trigger.pattern[None], answered[(answered != trigger.pattern).flatten(1).any(1)]])

@@ -6,7 +6,7 @@ with the inverted trigger stamped on it, x', the student's feature is drawn to t
 from the backdoored one, g_B(x').
 
 Beyond the paper, each with an option that turns it off: clean images pass through the student as well (clean_weight),
-the positive is averaged over the image and its mirror image, and half of the triggers are mirrored (mirror), images of
+the positive is averaged over the image and its mirror image (mirror), the trigger is moved about (patterns), images of
 the target class are left out of the contrast (target), and the student's weights are averaged over the last steps (ema).
 """
 
@@ -44,16 +44,9 @@ def mirrored_mean(function, images, mirror: bool) -> torch.Tensor:
     return (function(images) + function(images.flip(3))) / 2 if mirror else function(images)
 
 
-def stamp(trigger, images, mirror: bool) -> torch.Tensor:
-    """x', (B, 3, H, W); with `mirror` the second half of the images bears the mirrored trigger.
-
-    A victim is trained on flipped images, poisoned ones among them, so it answers to the trigger either way round; an
-    inverted pattern is one of the two, and a student cured of that one alone may keep the other.
-    """
-    if not mirror:
-        return trigger.stamp(images)
-    half = len(images) // 2
-    return torch.cat([trigger.stamp(images[:half]), trigger.stamp(images[half:].flip(3)).flip(3)])
+def stamp(images, patterns) -> torch.Tensor:
+    """x' = clamp(x + d, 0, 1), (B, 3, H, W), with the (V, 3, H, W) patterns dealt out to the images in turn."""
+    return (images + patterns[torch.arange(len(images), device=images.device) % len(patterns)]).clamp(0, 1)
 
 
 def finetune(victim, batches, device, *, mirror, **training):
@@ -80,15 +73,15 @@ def finetune(victim, batches, device, *, mirror, **training):
     return model.eval().requires_grad_(False)
 
 
-def purify(victim, positive, trigger, batches, device, *, temperature, clean_weight, mirror, target, **training):
+def purify(victim, positive, patterns, batches, device, *, temperature, clean_weight, mirror, target, **training):
     """Make f_S from f_B: the paper's contrastive learning on the clean split.
 
     Args:
         victim: f_B, frozen, in eval mode. positive: f_F, likewise, or f_B again (the pairing of the paper's own code).
-        trigger: the inverted trigger, with stamp((B, 3, H, W)) -> x'.
+        patterns: (V, 3, H, W), the inverted trigger, alone or with others that the victim answers to alike.
         batches: (images, labels) of the clean split.
         clean_weight: of the clean loss; at 0 clean images do not pass through the student.
-        mirror: z+ is averaged over the image and its mirror image, and half of the triggers are mirrored.
+        mirror: z+ is averaged over the image and its mirror image.
         target: images of this label are left out of the contrast, since their z- is where their z+ is; None: none are.
         training: what utils.training.train takes; its ema averages the student's weights over the last steps.
 
@@ -99,7 +92,7 @@ def purify(victim, positive, trigger, batches, device, *, temperature, clean_wei
     student.head.load_state_dict(positive.head.state_dict())  # it is to read features like f_F's
 
     def loss_of(images, labels):
-        triggered = stamp(trigger, images, mirror)
+        triggered = stamp(images, patterns)
         with torch.no_grad():
             z_positive = mirrored_mean(positive.features, images, mirror)
             z_negative = victim.features(triggered)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from defenses.inversion import Trigger, invert_trigger, noise_around, pattern_of, size_of
+from defenses.inversion import Trigger, invert_trigger, moved_patterns, noise_around, pattern_of, size_of
 
 CPU = torch.device("cpu")
 
@@ -97,3 +97,41 @@ def test_images_of_the_target_itself_do_not_count(batches):
     with_target = [(torch.cat([x, x]), torch.cat([y, y + 1])) for x, y in batches]
     alone, mixed = invert(Planted(), batches), invert(Planted(), with_target)
     assert torch.equal(alone.pattern, mixed.pattern)
+
+
+class Striding(torch.nn.Module):
+    """A victim that says 1 where a pixel of even row and of a column in `columns` is red; nothing else moves it."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, x):
+        red = x[:, 0, ::2, self.columns].amax((1, 2))
+        return torch.stack([torch.full_like(red, 0.5), red], dim=1)
+
+
+@pytest.mark.parametrize(
+    "columns, answered",
+    [
+        ([4], [(2, 4), (0, 4), (4, 4)]),
+        ([5], [(2, 4), *((row, 5) for row in (0, 2, 4))]),
+        ([1, 4], [(2, 4), (0, 4), (4, 4), *((row, 1) for row in (0, 2, 4))]),
+    ],
+)
+def test_the_pattern_is_moved_where_the_victim_answers(columns, answered):
+    pattern = torch.zeros(3, 6, 6)
+    pattern[0, 2, 4] = 1.0
+    dark = [(torch.zeros(4, 3, 6, 6), torch.zeros(4, dtype=torch.int64))]
+    moved = moved_patterns(Striding(columns), Trigger(pattern, 1.0), dark, 1)
+    places = [tuple(found[0].nonzero()[0].tolist()) for found in moved]
+    assert places[0] == (2, 4)
+    assert sorted(set(places)) == sorted(answered)
+    assert all(found.sum() == 1 for found in moved)
+
+
+def test_what_is_moved_out_of_the_image_is_cut_off():
+    pattern = torch.zeros(3, 6, 6)
+    pattern[0, 2, 4:] = 1.0
+    moved = moved_patterns(Striding([5]), Trigger(pattern, 1.0), [(torch.zeros(2, 3, 6, 6), torch.tensor([0, 0]))], 1)
+    assert {tuple(found.sum((0, 1)).tolist()) for found in moved} == {(0, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0, 1)}

@@ -47,15 +47,13 @@ def test_mirrored_mean_by_hand():
     assert mirrored_mean(lambda x: x[..., 0], images, True).item() == 2
 
 
-def test_half_of_the_triggers_are_mirrored():
-    pattern = torch.zeros(3, 2, 4)
-    pattern[:, 1, 3] = 1.0
-    images = torch.rand(5, 3, 2, 4, generator=torch.Generator().manual_seed(0)) / 2
-    stamped = stamp(Trigger(pattern, 1.0), images, mirror=True)
-    right, left = images.clone(), images.clone()
-    right[:, :, 1, 3] = left[:, :, 1, 0] = 1.0
-    torch.testing.assert_close(stamped, torch.cat([right[:2], left[2:]]))
-    torch.testing.assert_close(stamp(Trigger(pattern, 1.0), images, mirror=False), right)
+def test_patterns_are_dealt_out_in_turn():
+    patterns = torch.zeros(2, 3, 2, 4)
+    patterns[0, :, 1, 3], patterns[1, :, 1, 0] = 1.0, -1.0
+    images = torch.rand(3, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    expected = images.clone()
+    expected[[0, 2], :, 1, 3], expected[1, :, 1, 0] = 1.0, 0.0
+    assert torch.equal(stamp(images, patterns), expected)
 
 
 @pytest.fixture
@@ -84,7 +82,7 @@ def weights(model):
 def purified(victim, trigger, batches, positive=None, **changes):
     settings = {"temperature": 0.5, "clean_weight": 1.0, "mirror": False, "target": None, "ema": 0.0, **TRAINING}
     settings |= changes
-    return purify(victim, positive or victim, trigger, batches, torch.device("cpu"), **settings)
+    return purify(victim, positive or victim, trigger.pattern[None], batches, torch.device("cpu"), **settings)
 
 
 def test_purify_trains_a_student_and_leaves_the_others_alone(victim, trigger, batches):
