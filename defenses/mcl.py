@@ -7,7 +7,7 @@ from the backdoored one, g_B(x').
 
 Beyond the paper, each with an option that turns it off: clean images pass through the student as well (clean_weight),
 the positive is averaged over the image and its mirror image (mirror), the trigger is moved about (patterns), images of
-the target class are left out of the contrast (target), and the student's weights are averaged over the last steps (ema).
+the target class are left out of the contrast (target), and the student's last weights are averaged (ema).
 """
 
 import copy
