@@ -119,7 +119,7 @@ def _add_defense(parser):
     add("--momentum", type=decay, default=0.9, help="of SGD, Nesterov's form")
     add("--weight_decay", type=zero_or_more, default=1e-4, help="of SGD")
     add("--temperature", type=above_zero, default=0.15, help="t of the contrastive loss; published: 0.5")
-    add("--clean_weight", type=zero_or_more, default=7.0, help="of 1 - cos(g_S(x), z+) on clean images; published: 0")
+    add("--clean_weight", type=zero_or_more, default=12.0, help="of 1 - cos(g_S(x), z+) on clean images; published: 0")
     add("--contrast", default="others", choices=["others", "all"], help="others: not the target class; published: all")
     add("--augment", default="crop_flip", choices=["crop_flip", "none"], help="of the clean split; published: none")
     add("--ema", type=decay, default=0.97, help="decay of the averaged weights; published: 0, the last weights")
