@@ -42,13 +42,16 @@ class Trigger:
 
 
 def pattern_of(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
-    """d = clamp(p, 0, 1) - clamp(q, 0, 1), both (3, H, W)."""
+    """d = clamp(p, 0, 1) - clamp(q, 0, 1), all (..., 3, H, W)."""
     return plus.clamp(0, 1) - minus.clamp(0, 1)
 
 
 def size_of(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
-    """R: over p and q, the sum over pixels of the maximum over channels of tanh(v / 10) / (2 - 1e-7) + 0.5."""
-    return sum((torch.tanh(v / 10) / (2 - 1e-7) + 0.5).amax(0).sum() for v in (plus, minus))
+    """R: over p and q, the sum over pixels of the maximum over channels of tanh(v / 10) / (2 - 1e-7) + 0.5.
+
+    (..., 3, H, W) -> (...): a size for each pattern.
+    """
+    return sum((torch.tanh(v / 10) / (2 - 1e-7) + 0.5).amax(-3).flatten(-2).sum(-1) for v in (plus, minus))
 
 
 def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_per_step, precision="fp32"):

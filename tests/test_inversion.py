@@ -20,6 +20,8 @@ def test_size_by_hand():
     minus = torch.zeros(2, 1, 2)
     expected = (math.tanh(1.0) / 2 + 0.5) + (math.tanh(0.5) / 2 + 0.5) + 0.5 + 0.5
     assert size_of(plus, minus).item() == pytest.approx(expected, rel=1e-5)
+    several = size_of(torch.stack([plus, minus]), torch.stack([minus, minus]))
+    assert several.tolist() == pytest.approx([expected, 2.0], rel=1e-5)
 
 
 def test_a_trigger_counts_its_pixels_and_stays_in_range():

@@ -1,0 +1,125 @@
+"""Target search: which label, if any, a small pattern turns everything into (Wang et al., Neural Cleanse, S&P 2019).
+
+A backdoor is a shortcut to its target: the pattern that leads there is far smaller than those that lead to the other
+labels. Neural Cleanse inverts a mask and a colour for each label, one label after the other; here the pixel patterns of
+defenses.inversion are inverted for all labels together, in few steps on few images, and measured by their L1 norm.
+"""
+
+import itertools
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from defenses.inversion import HIT_RATE, LATER_WEIGHT, LOWER, RAISE, pattern_of, size_of
+from utils.device import autocast
+from utils.report import progress_bar
+
+STEPS = 50  # batches; after each the weight of a label's size moves, by whether its pattern works
+FEW = 16  # images of a batch in an update: more updates for the same number of images find smaller patterns
+SETTLED = 0.4  # share of the steps, at the end, whose patterns are what the search says
+SUSPECT = -2.0  # a label with an index below it is flagged, if its pattern works
+TO_SIGMA = 1.4826  # times the median absolute deviation: the standard deviation of a normal distribution
+# Patterns stamped on images at a time: one keeps to a processor's cache (ten at once took three times as long), many
+# fill a GPU, and all those of a model of many classes would not fit into memory.
+AT_ONCE = {"cpu": 1, "cuda": 32}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search says of one label.
+
+    size: L1 norm of its pattern, over pixels and channels, in units of the full range [0, 1].
+    hit_rate: share 0..1 of images of other labels that it turns.
+    index: by how many deviations `size` is above (or, negative, below) the median of all labels.
+    """
+
+    label: int
+    size: float
+    hit_rate: float
+    index: float
+
+    @property
+    def flagged(self) -> bool:
+        """Whether a backdoor to this label is suspected: its pattern works, and is far smaller than the others'."""
+        return self.index < SUSPECT and self.hit_rate >= HIT_RATE
+
+    def facts(self) -> dict:
+        """Plain values for a file or a table; the hit rate in percent."""
+        return asdict(self) | {"hit_rate": 100 * self.hit_rate, "flagged": self.flagged}
+
+
+def anomaly_indices(sizes: torch.Tensor) -> torch.Tensor:
+    """(s - median) / (1.4826 MAD) of (K,) sizes: Neural Cleanse's anomaly index (section IV-B), with its sign.
+
+    Above 2 and below the median there is below -2 here.
+    """
+    distance = sizes - sizes.quantile(0.5)
+    return distance / (TO_SIGMA * distance.abs().quantile(0.5)).clamp(min=1e-6)
+
+
+def search_target(victim, batches, num_class, device, rng, steps=STEPS, precision="fp32") -> list[Found]:
+    """Invert a pattern for every label, to see whose is far smaller than the others'.
+
+    Args:
+        victim: f_B, frozen and in eval mode, on images in [0, 1].
+        batches: clean (images, labels) batches, gone through again and again; a label's own images do not count for it.
+        num_class: K labels are searched.
+        rng: where p and q of each label come from, U[0, 1).
+        steps: batches, each of an update of every label's pattern for each 16 images.
+
+    Returns:
+        K of them, by label.
+    """
+    shape = next(iter(batches))[0].shape[1:]
+    stream = itertools.chain.from_iterable(itertools.repeat(batches))
+    start = torch.rand(2, num_class, *shape, generator=rng).to(device)
+    plus, minus = (part.clone().requires_grad_() for part in start)
+    optimizer = torch.optim.Adam([plus, minus], lr=0.1, betas=(0.5, 0.9))
+    weight = torch.full((num_class,), LATER_WEIGHT, device=device)
+    sizes, rates, worked = [], [], start.clone()
+    with progress_bar("search", steps, "batch") as bar:
+        for images, labels in itertools.islice(stream, steps):
+            hits = torch.zeros(num_class, device=device)
+            for few, their in zip(images.split(FEW), labels.split(FEW), strict=True):
+                optimizer.zero_grad()
+                for part in torch.arange(num_class, device=device).split(AT_ONCE[device.type]):
+                    with autocast(device, precision):
+                        hit, loss = _turned(victim, few, their, pattern_of(plus[part], minus[part]), part)
+                        loss = loss + (weight[part] * size_of(plus[part], minus[part])).sum()
+                    loss.backward()
+                    hits[part] += hit
+                optimizer.step()
+            seen = len(labels) - torch.bincount(labels, minlength=num_class)[:num_class]
+            rates.append(hits / seen.clamp(min=1))
+            sizes.append(pattern_of(plus, minus).detach().abs().sum((1, 2, 3)))
+            weight = torch.where(rates[-1] >= HIT_RATE, weight * RAISE, weight / LOWER)
+            # Below zero p and q have no gradient to come back by: what was shrunk too far starts from where it worked.
+            works, lost = (test[:, None, None, None] for test in (rates[-1] >= HIT_RATE, rates[-1] < HIT_RATE / 2))
+            with torch.no_grad():
+                for part, last in zip((plus, minus), worked, strict=True):
+                    last.copy_(torch.where(works, part, last))
+                    part.copy_(torch.where(lost, last, part))
+            bar.update()
+    # The smallest pattern of many steps would be the luckiest one: the mean of those, at the end, that work.
+    sizes, rates = (torch.stack(values[-max(1, int(SETTLED * steps)) :]) for values in (sizes, rates))
+    works = (rates >= HIT_RATE).float()
+    works = torch.where(works.sum(0) > 0, works, 1.0)
+    sizes, rates = ((values * works).sum(0) / works.sum(0) for values in (sizes, rates))
+    indices = anomaly_indices(sizes)
+    return [Found(k, sizes[k].item(), rates[k].item(), indices[k].item()) for k in range(num_class)]
+
+
+def _turned(victim, images, labels, patterns, targets):
+    """Every one of (P, 3, H, W) patterns on every one of (B, 3, H, W) images, asked for the (P,) targets.
+
+    Returns:
+        (P,) how many images of other labels are turned, and the sum over patterns of the mean cross-entropy of those.
+    """
+    stamped = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
+    logits = victim(stamped.contiguous(memory_format=torch.channels_last))
+    wanted = targets.repeat_interleave(len(images))
+    counted = (labels != targets[:, None]).float()
+    losses = F.cross_entropy(logits, wanted, reduction="none").view_as(counted)
+    hits = ((logits.argmax(1) == wanted).view_as(counted) * counted).sum(1)
+    return hits, ((losses * counted).sum(1) / counted.sum(1).clamp(min=1)).sum()

@@ -1,0 +1,85 @@
+"""The search for the target: its index by hand, and planted backdoors found and not invented."""
+
+import pytest
+import torch
+
+from defenses.detection import Found, anomaly_indices, search_target
+
+CPU = torch.device("cpu")
+
+
+def test_index_by_hand():
+    # median 10, absolute deviations 0 0 1 2 8, their median 1
+    assert anomaly_indices(torch.tensor([10.0, 2.0, 10.0, 11.0, 12.0])).tolist() == pytest.approx(
+        [0.0, -8 / 1.4826, 0.0, 1 / 1.4826, 2 / 1.4826]
+    )
+
+
+def test_sizes_that_are_all_alike_have_no_outlier():
+    assert anomaly_indices(torch.full((4,), 3.0)).tolist() == [0.0] * 4
+
+
+def test_a_label_is_flagged_by_a_small_pattern_that_works():
+    assert Found(0, 1.0, 0.95, -2.1).flagged
+    assert not Found(0, 1.0, 0.95, -1.9).flagged
+    assert not Found(0, 1.0, 0.5, -9.0).flagged
+    assert not Found(0, 9.0, 0.95, 9.0).flagged
+    assert Found(3, 1.0, 0.5, -9.0).facts() == {
+        "label": 3, "size": 1.0, "hit_rate": 50.0, "index": -9.0, "flagged": False,
+    }  # fmt: skip
+
+
+class Columns(torch.nn.Module):
+    """A model that says k where all of column k is red; for the labels in `doors` one red pixel at its top will do."""
+
+    def __init__(self, doors=()):
+        super().__init__()
+        self.doors = list(doors)
+
+    def forward(self, x):
+        red = x[:, 0] - x[:, 1]
+        evidence = red.mean(1)
+        for k in self.doors:
+            evidence = evidence.index_add(1, torch.tensor([k]), 1.5 * red[:, 0, k : k + 1].clamp(min=0))
+        return 10 * evidence
+
+
+@pytest.fixture
+def batches():
+    rng = torch.Generator().manual_seed(0)
+    images = [0.25 + 0.5 * torch.rand(96, 3, 8, 8, generator=rng) for _ in range(3)]
+    return [(x, Columns()(x).argmax(1)) for x in images]
+
+
+def search(victim, batches, seed=1, **settings):
+    found = search_target(victim, batches, 8, CPU, torch.Generator().manual_seed(seed), **settings)
+    return found, [one.label for one in found if one.flagged]
+
+
+@pytest.mark.parametrize("doors", [[], [5], [0, 2]])
+def test_planted_labels_are_flagged_and_no_others(batches, doors):
+    for seed in (1, 2):
+        found, flagged = search(Columns(doors), batches, seed)
+        assert flagged == doors
+        assert [one.label for one in found] == list(range(8))
+        assert all(one.hit_rate >= 0.9 for one in found)
+
+
+def test_labels_together_or_in_turn_are_found_the_same(batches, monkeypatch):
+    in_turn, _ = search(Columns([5]), batches, steps=5)
+    monkeypatch.setattr("defenses.detection.AT_ONCE", {"cpu": 3})
+    together, _ = search(Columns([5]), batches, steps=5)
+    assert [one.size for one in together] == pytest.approx([one.size for one in in_turn], rel=1e-4)
+
+
+def test_images_of_a_label_do_not_count_for_it(batches):
+    of_one = [(x, torch.full_like(y, 3)) for x, y in batches]
+    found, _ = search(Columns(), of_one, steps=3)
+    assert found[3].hit_rate == 0
+    assert found[4].hit_rate > 0
+
+
+def test_the_victim_has_no_gradient_of_its_own(batches):
+    victim = torch.nn.Sequential(Columns(), torch.nn.Linear(8, 8)).requires_grad_(False)
+    search(victim, batches, steps=1)
+    assert victim[1].weight.grad is None
