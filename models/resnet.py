@@ -36,10 +36,19 @@ class ResNet18(nn.Module):
         self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
         self.linear = nn.Linear(512, num_class)
 
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) normalised images -> the (B, C, h, w) outputs of the last three groups."""
+        second = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))
+        third = self.layer3(second)
+        return [second, third, self.layer4(third)]
+
+    def pool(self, last: torch.Tensor) -> torch.Tensor:
+        """The last of `maps` -> (B, 512) features."""
+        return last.mean((2, 3))
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, 512) pooled features."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        return self.layer4(self.layer3(self.layer2(self.layer1(out)))).mean((2, 3))
+        return self.pool(self.maps(x)[-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, num_class) logits."""

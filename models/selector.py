@@ -48,6 +48,12 @@ class Classifier(nn.Module):
         """(B, 3, H, W) images in [0, 1] -> (B, D) features."""
         return self.network.features(self.normalize(x))
 
+    def maps_and_logits(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(B, 3, H, W) images in [0, 1] -> the (B, C, h, w) outputs of the last three groups of blocks, and the logits,
+        of one pass."""
+        maps = self.network.maps(self.normalize(x))
+        return maps, self.head(self.network.pool(maps[-1]))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images in [0, 1] -> (B, num_class) logits."""
         return self.network(self.normalize(x))

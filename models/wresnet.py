@@ -75,10 +75,19 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
 
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) normalised images -> the (B, C, h, w) outputs of the three groups."""
+        first = self.block1(self.conv1(x))
+        second = self.block2(first)
+        return [first, second, self.block3(second)]
+
+    def pool(self, last: torch.Tensor) -> torch.Tensor:
+        """The last of `maps` -> (B, 64 * widen_factor) features."""
+        return F.relu(self.bn1(last)).mean((2, 3))
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, 64 * widen_factor) pooled features, the paper's g(x)."""
-        out = self.block3(self.block2(self.block1(self.conv1(x))))
-        return F.relu(self.bn1(out)).mean((2, 3))
+        return self.pool(self.maps(x)[-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, num_class) logits."""

@@ -23,6 +23,7 @@ def rates(schedule, steps=40):
 
 def test_schedules_are_scaled_from_the_rate_and_the_steps():
     assert rates("steps") == pytest.approx([0.2] * 2 + [0.02] * 18 + [0.002] * 20)
+    assert rates("drop") == pytest.approx([0.2] * 4 + [0.02] * 36)
     assert rates("cosine")[0] == 0.2
     assert rates("cosine")[20] == pytest.approx(0.1)
     assert max(rates("onecycle")) == pytest.approx(0.2, rel=0.01)
@@ -46,6 +47,18 @@ def test_a_step_is_the_rate_times_the_gradient():
     model = Scalar()
     run(model, [(torch.tensor(2.0), None)])
     assert model.weight.item() == pytest.approx(-0.1 * 2)
+
+
+def test_another_step_takes_the_place_of_the_usual_one():
+    model = Scalar()
+
+    def climb(optimizer, loss_of):
+        with torch.no_grad():
+            model.weight += 1
+        return loss_of().detach()
+
+    history = run(model, [(torch.tensor(2.0), None)] * 3, update=climb)
+    assert (model.weight.item(), history[0]["loss"]) == (3, 4)  # of 2, 4 and 6
 
 
 def test_averaging_by_hand():

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
@@ -17,7 +18,18 @@ SCHEDULES = {
     "cosine": lambda optimizer, lr, n: CosineAnnealingLR(optimizer, n),
     # MCL's published schedule over 20 epochs: lr for the first, a tenth of it to the tenth, a hundredth to the end.
     "steps": lambda optimizer, lr, n: MultiStepLR(optimizer, [n // 20, n // 2], gamma=0.1),
+    # Fine-tuning's and NAD's: lr for 2 of 20 epochs, a tenth of it from there.
+    "drop": lambda optimizer, lr, n: MultiStepLR(optimizer, [n // 10], gamma=0.1),
 }
+
+
+def descend(optimizer, loss_of) -> torch.Tensor:
+    """One step down the gradient of loss_of(), which is returned, detached."""
+    loss = loss_of()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def train(
@@ -34,6 +46,7 @@ def train(
     precision,
     title,
     watch=None,
+    update=descend,
     ema=0.0,
     generators=(),
     resume=None,
@@ -46,6 +59,7 @@ def train(
         loss_of: (images, labels) -> a scalar loss; it runs under the precision's autocast, in training mode.
         lr: the highest rate of `schedule` (a name in SCHEDULES), which covers exactly epochs * len(batches) steps.
         watch: (model, epoch from 1) -> a dict of figures for the row, or {}; any mode of the model may result.
+        update: (optimizer, () -> loss of the batch) -> that loss, detached: the step, where it is not the usual one.
         ema: the model ends as the exponential moving average of its weights with this decay a step; 0: as the last.
         generators: the torch.Generators that `batches` and `loss_of` draw from, beside torch's global one.
         save: called after each epoch with the state of the training: all but the model's weights, which are the
@@ -70,29 +84,41 @@ def train(
             model.train()
             total = torch.zeros((), device=device)  # stays there: reading it each step would stall a GPU
             for images, labels in batches:
-                with autocast(device, precision):
-                    loss = loss_of(images, labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                compute = partial(_under, device, precision, loss_of, images, labels)
+                total += update(optimizer, compute)
                 scheduler.step()
                 if average:
                     average.update_parameters(model)
-                total += loss.detach()
                 bar.update()
-            mean_loss = total.item() / len(batches)
-            if not math.isfinite(mean_loss) or not _is_finite(model):
-                raise RunError(f"{title}: loss or weights are no longer finite in epoch {epoch}; lower --lr")
-            row = {"epoch": epoch, "lr": rate, "loss": mean_loss, "seconds": time.perf_counter() - start}
-            if watch:
-                row |= watch(average.module if average else model, epoch)
-            history.append(row)
-            _tell(bar, title, row, epochs)
+            row = {"epoch": epoch, "lr": rate, "loss": total.item() / len(batches)}
+            row["seconds"] = time.perf_counter() - start
+            history.append(end_epoch(row, model, average.module if average else model, epochs, title, watch, bar))
             if save:
                 save(_state(parts, generators, history))
     if average:
         model.load_state_dict(average.module.state_dict())
     return history
+
+
+def end_epoch(row, model, measured, epochs, title, watch, bar) -> dict:
+    """See that an epoch left numbers, add what `watch` says of the model that is `measured`, and tell it.
+
+    Args:
+        row: its "epoch", "lr", "loss" and "seconds".
+
+    Raises:
+        RunError: the loss or the weights are no longer finite.
+    """
+    if not math.isfinite(row["loss"]) or not _is_finite(model):
+        raise RunError(f"{title}: loss or weights are no longer finite in epoch {row['epoch']}; lower --lr")
+    row |= watch(measured, row["epoch"]) if watch else {}
+    _tell(bar, title, row, epochs)
+    return row
+
+
+def _under(device, precision, loss_of, images, labels):
+    with autocast(device, precision):
+        return loss_of(images, labels)
 
 
 def _state(parts, generators, history):
