@@ -7,7 +7,7 @@ import sys
 from utils.errors import nearest
 
 DATASETS = ["CIFAR10", "CIFAR100", "GTSRB", "folder", "shapes"]
-SCHEDULES = ["onecycle", "cosine", "steps"]
+SCHEDULES = ["onecycle", "cosine", "steps", "drop"]
 # Label mode -> poison rate. all2all asks more of a model; cleanLabel counts the images of the target class alone.
 RATES = {"all2one": 0.1, "all2all": 0.2, "cleanLabel": 0.5}
 # Trigger -> what its victims are called, the label mode it is known with, and the options of its own.
@@ -22,6 +22,22 @@ ATTACKS = {
     "signalTrigger": ("sig", "cleanLabel", {"delta": 40.0, "train_delta": 30.0}),
     "clTrigger": ("cl", "cleanLabel", {"epsilon": 8, "surrogate": None}),
     "wanetTrigger": ("wanet", "all2one", {"warp": 0.5, "noise_ratio": 2.0}),
+}
+# Defense -> the options of its own with the defaults of its recipe; for all but mcl, as published.
+_SGD = {"epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop", "momentum": 0.9, "weight_decay": 1e-4}
+_SGD |= {"augment": "crop_flip"}
+_COSINE = _SGD | {"lr": 0.01, "schedule": "cosine"}
+_INVERTED = {"target": "auto", "force": False, "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3}
+_MCL = {"positive": "finetuned", "finetune_epochs": 5, "finetune_lr": 0.003, "epochs": 8, "schedule": "onecycle"}
+_MCL |= {"temperature": 0.15, "clean_weight": 12.0, "contrast": "others", "ema": 0.97}
+DEFENSES = {
+    "mcl": _INVERTED | _SGD | _MCL,
+    "ft": _SGD,
+    "nad": _SGD | {"finetune_epochs": 10, "finetune_lr": 0.1},
+    "ibau": {"epochs": 5, "batch_size": 100, "lr": 1e-3, "augment": "none"},
+    "nc": _INVERTED | _SGD,
+    "ftsam": _COSINE | {"epochs": 100, "batch_size": 256, "weight_decay": 5e-4, "rho": 2.0},
+    "fst": _COSINE | {"epochs": 10, "batch_size": 128, "weight_decay": 0.0, "alpha": 0.2},
 }
 DATA_ROOT = os.environ.get("MCL_DATA_ROOT") or "data"
 
@@ -57,17 +73,24 @@ def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
     return parser
 
 
+def _own(add, table, option, told, **how):
+    """An option of some triggers or defenses; parse fills in the default of the one that is chosen."""
+    takers = {}
+    for name, options in table.items():
+        if option in options:
+            value = options[option]
+            shown = "" if value is None or value is False else f"{value:g}" if isinstance(value, float) else f"{value}"
+            takers.setdefault(shown, []).append(name)
+    of = ", ".join(" ".join([*names, value]).strip() for value, names in takers.items())
+    add(f"--{option}", help=f"{told} ({of})", **how)
+
+
 def _add_attack(parser, training):
     told = "attack" if training else "attack (where the checkpoint states none)"
     add = parser.add_argument_group(told).add_argument
 
     def own(option, kind, told):
-        """An option of some triggers; parse fills in the default of the one that is chosen."""
-        values = {
-            trigger: own_options[option] for trigger, (*_, own_options) in ATTACKS.items() if option in own_options
-        }
-        of = ", ".join(trigger if value is None else f"{trigger} {value:g}" for trigger, value in values.items())
-        add(f"--{option}", type=kind, help=f"{told} ({of})")
+        _own(add, {trigger: own_options for trigger, (*_, own_options) in ATTACKS.items()}, option, told, type=kind)
 
     modes = ", ".join(trigger for trigger, (_, mode, _) in ATTACKS.items() if mode == "cleanLabel")
     add("--trigger_type", default="gridTrigger", choices=ATTACKS, help="what is stamped on")
@@ -101,45 +124,51 @@ def _add_training(parser):
 
 
 def _add_defense(parser):
-    add = parser.add_argument_group("defense").add_argument
-    add("--model", help="the victim's checkpoint (default: weight/<dataset>/WRN-16-1-badnet.pth.tar)")
-    add("--defense", default="mcl", choices=["mcl", "none"], help="none only measures the model")
-    add("--target", type=int, help="the label the defender works against (default: the attack's)")
+    add = parser.add_argument_group("defense (in brackets: which takes the option, with which default)").add_argument
+
+    def own(option, kind, told, **how):
+        _own(add, DEFENSES, option, told, **({"type": kind} if kind else {}), **how)
+
+    add("--model", nargs="+", help="the victim's checkpoint (default: weight/<dataset>/WRN-16-1-badnet.pth.tar)")
+    told = "none only measures the model; all compares them, and so do several models"
+    add("--defense", default="mcl", choices=[*DEFENSES, "none", "all"], help=told)
     add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
-    add("--inversion_rounds", type=positive, default=5, help="searches, each near where the last ended; published: 1")
-    add("--inversion_steps", type=positive, default=36, help="in a round; each ends with a look at the pattern")
-    add("--inversion_batches", type=positive, default=3, help="batches of the clean split in a step of the inversion")
-    add("--positive", default="finetuned", choices=["finetuned", "backdoored"], help="whose clean feature is z+")
-    add("--finetune_epochs", type=positive, default=5, help="passes over the clean split to make the positive model")
-    add("--finetune_lr", type=above_zero, default=0.003, help="peak learning rate of those")
-    add("--epochs", type=positive, default=8, help="passes over the clean split to purify")
-    add("--batch_size", type=positive, default=64, help="clean images a step")
-    add("--lr", type=above_zero, default=0.1, help="peak learning rate of the schedule")
-    add("--schedule", default="onecycle", choices=SCHEDULES, help="scaled from --lr and --epochs; published: steps")
-    add("--momentum", type=decay, default=0.9, help="of SGD, Nesterov's form")
-    add("--weight_decay", type=zero_or_more, default=1e-4, help="of SGD")
-    add("--temperature", type=above_zero, default=0.15, help="t of the contrastive loss; published: 0.5")
-    add("--clean_weight", type=zero_or_more, default=12.0, help="of 1 - cos(g_S(x), z+) on clean images; published: 0")
-    add("--contrast", default="others", choices=["others", "all"], help="others: not the target class; published: all")
-    add("--augment", default="crop_flip", choices=["crop_flip", "none"], help="of the clean split; published: none")
-    add("--ema", type=decay, default=0.97, help="decay of the averaged weights; published: 0, the last weights")
+    add("--resume", action="store_true", help="go on with a comparison that was stopped")
+    own("target", label, "the label the defender works against; auto: search for it")
+    own("force", None, "go on where the search flags no label", action="store_const", const=True)
+    own("inversion_rounds", positive, "searches, each near where the last ended; published: 1")
+    own("inversion_steps", positive, "in a round; each ends with a look at the pattern")
+    own("inversion_batches", positive, "batches of the clean split in a step of the inversion")
+    own("positive", str, "whose clean feature is z+", choices=["finetuned", "backdoored"])
+    own("finetune_epochs", positive, "passes over the clean split to make the positive model, or NAD's teacher")
+    own("finetune_lr", above_zero, "peak learning rate of those")
+    own("epochs", positive, "passes over the clean split to purify")
+    own("batch_size", positive, "clean images a step")
+    own("lr", above_zero, "peak learning rate of the schedule")
+    own("schedule", str, "scaled from --lr and --epochs; published for mcl: steps", choices=SCHEDULES)
+    own("momentum", decay, "of SGD, Nesterov's form")
+    own("weight_decay", zero_or_more, "of SGD")
+    own("augment", str, "of the clean split; published for mcl: none", choices=["crop_flip", "none"])
+    own("temperature", above_zero, "t of the contrastive loss; published: 0.5")
+    own("clean_weight", zero_or_more, "of 1 - cos(g_S(x), z+) on clean images; published: 0")
+    own("contrast", str, "others: not the target class; published: all", choices=["others", "all"])
+    own("ema", decay, "decay of the averaged weights; published: 0, the last weights")
+    own("rho", above_zero, "how far FT-SAM looks for the sharpest point, relative to the weights")
+    own("alpha", zero_or_more, "weight of the product of FST's new last layer with the victim's")
 
 
 # Options that apply only under another one, and are refused elsewhere: what that is, in words and as a test.
-_FINETUNING = ("--positive finetuned", lambda opt: opt.positive == "finetuned")
+_FINETUNING = ("--positive finetuned", lambda opt: opt.positive != "backdoored")
 APPLIES = {
     "image_size": ("--dataset GTSRB or folder", lambda opt: opt.dataset in ("GTSRB", "folder")),
     "target_label": ("--target_type all2one or cleanLabel", lambda opt: opt.target_type != "all2all"),
     "finetune_epochs": _FINETUNING,
     "finetune_lr": _FINETUNING,
-    "tensorboard": ("--print_freq from 1 to --epochs", lambda opt: 0 < opt.print_freq <= opt.epochs),
+    "force": ("--target auto", lambda opt: opt.target in (None, "auto")),
+    "tensorboard": ("--print_freq from 1 to --epochs", lambda opt: 0 < opt.print_freq <= (opt.epochs or 1)),
 }
 # ... those that mean nothing where a model is only measured, and those that do where nothing is poisoned.
-DEFENDING = (
-    "target ratio inversion_rounds inversion_steps inversion_batches positive finetune_epochs finetune_lr epochs "
-    "batch_size lr schedule momentum weight_decay temperature clean_weight contrast augment ema precision print_freq "
-    "tensorboard"
-)
+DEFENDING = {"ratio", "precision", "print_freq", "tensorboard"}.union(*DEFENSES.values())
 POISONING = "train_delta epsilon noise_ratio"
 
 
@@ -156,6 +185,7 @@ def parse(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespac
     blank = argparse.Namespace(**dict.fromkeys(vars(options), absent))
     given = {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not absent}
     _fill_in_attack(options)
+    _fill_in_defense(options)
     for name in sorted(given):
         triggers = [trigger for trigger, (*_, own_options) in ATTACKS.items() if name in own_options]
         if triggers and options.trigger_type not in triggers:
@@ -163,8 +193,8 @@ def parse(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespac
         condition, applies = APPLIES.get(name, ("", lambda opt: True))
         if not applies(options):
             parser.error(f"--{name} applies only with {condition}")
-        if name in DEFENDING.split() and getattr(options, "defense", None) == "none":
-            parser.error(f"--{name} does not apply with --defense none, which only measures")
+        if script == "main.py":
+            _check_defense(parser, options, name)
         if name in POISONING.split() and options.inject_portion == 0:
             parser.error(f"--{name} does not apply with --inject_portion 0, which poisons nothing")
     return options, given
@@ -176,6 +206,41 @@ def _fill_in_attack(options):
     options.target_type = options.target_type or usual_mode
     for name, value in {"inject_portion": RATES[options.target_type], **own_options}.items():
         if getattr(options, name, value) is None:
+            setattr(options, name, value)
+
+
+def _check_defense(parser, options, name):
+    """Refuse an option that the user gave and the chosen defense does not take."""
+    takers = [defense for defense, own_options in DEFENSES.items() if name in own_options]
+    if name in DEFENDING and options.defense == "none":
+        parser.error(f"--{name} does not apply with --defense none, which only measures")
+    if takers and options.defense not in [*takers, "all"]:
+        parser.error(f"--{name} applies only with --defense {' or '.join(takers)}")
+    if name == "resume" and not compares(options):
+        parser.error("--resume applies only to a comparison: with --defense all, or with several models")
+
+
+def compares(options: argparse.Namespace) -> bool:
+    """Whether this is not one run of main.py, but a comparison of several."""
+    return options.defense == "all" or len(options.model or []) > 1
+
+
+def one_run(options: argparse.Namespace, **changes) -> argparse.Namespace:
+    """The options of one run of a comparison: these with `changes`, and the defaults of its defense filled in.
+
+    What the user gave holds for each defense that takes it.
+    """
+    one = argparse.Namespace(**{**vars(options), **changes})
+    _fill_in_defense(one)
+    for name in set().union(*DEFENSES.values()) - set(DEFENSES.get(one.defense, ())):
+        setattr(one, name, None)
+    return one
+
+
+def _fill_in_defense(options):
+    """Give what the user left to the defense its defaults; options of other defenses stay None."""
+    for name, value in DEFENSES.get(getattr(options, "defense", "none"), {}).items():
+        if getattr(options, name) is None:
             setattr(options, name, value)
 
 
@@ -217,6 +282,11 @@ def _number(kind, allowed, told):
 
     parse_number.__name__ = kind.__name__  # what argparse calls a word that is no number at all
     return parse_number
+
+
+def label(text):
+    """An argparse type: "auto", or a label."""
+    return text if text == "auto" else _number(int, lambda n: n >= 0, "auto or a label, 0 or more")(text)
 
 
 positive = _number(int, lambda n: n >= 1, "1 or more")

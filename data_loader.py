@@ -270,10 +270,12 @@ class EvalSet(NamedTuple):
 
 
 class CleanSplit(NamedTuple):
-    """What the defender has: `plain` batches of the split, `training` batches of it (augmented if so asked), and its
-    (n,) `index` in the training set. `watched` are 1,000 other training images, for the history alone."""
+    """What the defender has: `plain` batches of the split, `search` ones in another order (so that a search for the
+    target moves nothing else), `training` ones (augmented if so asked), and its (n,) `index` in the training set.
+    `watched` are 1,000 other training images, for the history alone."""
 
     plain: Batches
+    search: Batches
     training: Batches
     index: torch.Tensor
     watched: EvalSet
@@ -334,7 +336,8 @@ def get_clean_split(opt, train: ImageSet, attack: Attack, device) -> CleanSplit:
     watched = (others.nonzero()[:, 0] if others.any() else split.index)[:WATCHED_IMAGES]
     watched = get_eval_set(train.images[watched], train.labels[watched], attack, device)
     training = batches(CLEAN_PADDING if opt.augment == "crop_flip" else None, "batches")
-    return CleanSplit(batches(None, "plain batches"), training, split.index, watched)
+    plain, search = batches(None, "plain batches"), batches(None, "search batches")
+    return CleanSplit(plain, search, training, split.index, watched)
 
 
 def get_eval_set(images, labels, attack: Attack, device) -> EvalSet:

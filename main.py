@@ -1,41 +1,76 @@
-"""Purify a backdoored classifier with Model-Contrastive Learning and a small clean set.
+"""Purify a backdoored classifier with a small clean set: with Model-Contrastive Learning, or what it is compared with.
 
     python main.py                                  the CIFAR-10 victim in weight/CIFAR10
     python main.py --dataset shapes                 the same on drawn pictures: no download, under two minutes
     python main.py --model FILE --defense none      only measure a model
+    python main.py --defense all --model FILE ...   every defense on each of these victims, and a table
 
-Prints ACC and ASR before and after; writes weight/<name>.tar and results/<name>/ (metrics.json, history.csv, pictures,
-and report.html with all of it).
+Looks for the label that a backdoor leads to; where there is none, says so and leaves the model alone. Prints ACC and
+ASR before and after; writes weight/<name>.tar and results/<name>/ (metrics.json, history.csv, pictures, and report.html
+with all of it; comparison.csv, .md and .png of a comparison).
 """
 
 import os
 
 import config
-from attacks import Attack
-from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images
-from defenses.inversion import HIT_RATE, invert_trigger, moved_patterns
-from defenses.mcl import finetune, purify
-from models import load_model
+from data_loader import get_clean_split, get_eval_set, load_images
+from defenses import DEFENSES
+from defenses.detection import search_target
+from defenses.inversion import HIT_RATE, invert_trigger
+from model_loader import load_victim, victim_name, victim_paths
 from utils.board import open_board
-from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.checkpoint import save_checkpoint
+from utils.comparison import comparison_row, comparison_text, write_comparison
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
-from utils.files import check_folder, write_csv, write_json
+from utils.files import check_folder, digest_file, write_csv, write_json
 from utils.metrics import evaluate, watcher
 from utils.page import write_page
 from utils.plots import draw_run, spread
-from utils.report import Stopwatch, figures_table, published_table, run_facts
+from utils.report import Stopwatch, figures_table, published_table, run_facts, search_table
+from utils.resume import finished_run
 from utils.seed import generator
 
 
 def main():
     opt, given = config.parse("main.py")
-    device, clock = pick_device(opt.device), Stopwatch()
-    path = victim_path(opt)
-    name = opt.name or f"{opt.dataset}-{os.path.basename(path).split('.')[0]}-{opt.defense}"
+    if config.compares(opt):
+        return compare(opt, given)
+    (path,) = victim_paths(opt)
+    name = opt.name or f"{opt.dataset}-{victim_name(path)}-{opt.defense}"
+    run(config.one_run(opt, model=path), given, name)
+
+
+def compare(opt, given):
+    """Every defense on every victim, a run each; what a stopped comparison has finished is not run again."""
+    name = opt.name or f"{opt.dataset}-comparison"
+    defenses = list(DEFENSES) if opt.defense == "all" else [opt.defense]
+    paths, rows, failed = victim_paths(opt), [], []
+    names = [victim_name(path) for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{number}-{name}" for number, name in enumerate(names, 1)]
+    for victim, path in zip(names, paths, strict=True):
+        for defense in defenses:
+            one, its_name = config.one_run(opt, model=path, defense=defense), os.path.join(name, f"{victim}-{defense}")
+            metrics = opt.resume and finished_run(os.path.join(opt.log_root, its_name), vars(one), path)
+            print(f"\n{victim}, {defense}" + " (finished before)" * bool(metrics))
+            try:
+                rows.append(comparison_row(victim, defense, metrics or run(one, given, its_name)))
+            except RunError as error:
+                failed.append(f"{victim}, {defense}: {error}")
+                print(f"failed: {error}")
+        write_comparison(os.path.join(opt.log_root, name), rows)
+    print("", comparison_text(rows), sep="\n")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(rows) + len(failed)} runs failed; the first: {failed[0]}")
+
+
+def run(opt, given, name) -> dict:
+    """One victim, one defense: measure, defend, measure again, write what there is to keep. Returns metrics.json."""
+    device, clock, path = pick_device(opt.device), Stopwatch(), opt.model
     results, purified = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
     check_folder(results, "history.csv", "metrics.json", "report.html")
-    check_folder(opt.checkpoint_root, os.path.basename(purified))
+    check_folder(os.path.dirname(purified), os.path.basename(purified))
     if os.path.realpath(purified) == os.path.realpath(path):
         raise UserError(f"the purified weights would replace the victim, {path}; give another --name")
     log = open_board(results) if opt.tensorboard else None
@@ -44,20 +79,27 @@ def main():
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         victim, attack, facts = load_victim(opt, given, path, test_set, device)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
-        if opt.defense == "mcl":
-            target = choose_target(opt, attack)
-            split = get_clean_split(opt, train_set, attack, device)
+        split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
+        check_target(opt, attack.num_class)
     print(f"victim {path}: {facts['arch']}, {attack.describe()}")
     with clock("evaluate"):
         figures = {"before": evaluate(victim, test, attack, device)}
     models, curves, trigger = {"before": victim}, [], None
 
-    if opt.defense == "mcl":
-        print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images; target {target}")
+    target, searched = opt.target, None
+    if target == "auto":
+        with clock("detect"):
+            searched = search_target(
+                victim, split.search, attack.num_class, device, generator(opt.seed, "search"), precision=opt.precision
+            )
+        target = choose_target(searched, opt.force)
+    if opt.defense != "none" and not (searched and target is None):
+        told = "" if target is None else f"; target {target}"
+        print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images{told}")
         watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq, log)
         with clock("evaluate"):
             curves = [{"epoch": 0, **watch(victim, 0)}]
-        models["after"], trigger, history = run_mcl(opt, victim, split, target, watch, device, clock)
+        models["after"], history, trigger = defend(opt, victim, split, target, watch, device, clock)
         with clock("evaluate"):
             figures["after"] = evaluate(models["after"], test, attack, device)
         save_checkpoint(purified, models["after"], **facts, metrics=figures["after"])
@@ -73,74 +115,85 @@ def main():
         pictures = draw_run(results, test_set.classes, sample, attack, models, figures, curves, trigger)
     metrics = {
         "model": path,
+        "model_sha256": digest_file(path),
         "defense": opt.defense,
         "before": figures["before"],
         "after": figures.get("after"),
-        "detected_label": None,
+        "detected_label": target if searched and target is not None and searched[target].flagged else None,
+        "worked_against": target,
+        "search": searched and [found.facts() for found in searched],
         "trigger": trigger and {"pixels": trigger.pixels, "l1": trigger.l1, "hit_rate": 100 * trigger.hit_rate},
         **run_facts(vars(opt), attack, device, clock.read()),
     }
-    write_json(os.path.join(results, "metrics.json"), metrics)
     write_page(os.path.join(results, "report.html"), name, metrics, test_set.classes, pictures)
+    write_json(os.path.join(results, "metrics.json"), metrics)  # last: a run that has it has all
     print(f"\nreport: {os.path.join(results, 'report.html')}")
+    return metrics
 
 
-def victim_path(opt):
-    """--model, else the data set's shipped victim, wherever the script is run from."""
-    return opt.model or os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-badnet.pth.tar")
+def check_target(opt, num_class):
+    if opt.target not in (None, "auto") and opt.target >= num_class:
+        raise UserError(f"--target {opt.target} is not one of the labels 0..{num_class - 1}")
 
 
-# What a checkpoint may state, and the options that say it where it does not.
-STATED = {
-    "arch": ("arch",),
-    "num_class": ("num_class",),
-    "normalization": ("normalize",),
-    "attack": (
-        *("trigger_type", "target_type", "target_label"),
-        *("trig_w", "trig_h", "opacity", "trigger_image", "delta", "warp"),
-    ),
-}
+def choose_target(searched, force) -> int | None:
+    """Tell what the search says of every label; the flagged one with the smallest pattern, or None where none is."""
+    print(search_table([found.facts() for found in searched]))
+    flagged = sorted((found for found in searched if found.flagged), key=lambda found: found.index)
+    if flagged:
+        labels = ", ".join(str(found.label) for found in flagged)
+        several = f"; {flagged[0].label} has the smallest pattern and is worked against" * (len(flagged) > 1)
+        print(f"a backdoor to label {labels} is suspected{several}")
+        return flagged[0].label
+    lowest = min(searched, key=lambda found: found.index).label
+    left = f"--force: label {lowest} is worked against" if force else "the model is left as it is"
+    print(f"no backdoor was found: no label's pattern is far smaller than the others'; {left}")
+    return lowest if force else None
 
 
-def load_victim(opt, given, path, test_set, device):
-    """f_B, frozen, with its attack and the facts to save beside purified weights, from the file or else the options."""
-    checkpoint = read_checkpoint(path)
-    for key, options in STATED.items():
-        for name in given.intersection(options):
-            if key in checkpoint:
-                stated = Attack.restore(checkpoint[key]).describe() if key == "attack" else checkpoint[key]
-                raise UserError(f"{path} states its {key}, {stated}; leave out --{name}")
-    arch, classes = checkpoint.get("arch", opt.arch), len(test_set.classes)
-    num_class = checkpoint.get("num_class", opt.num_class or classes)
-    if num_class < classes:
-        raise UserError(f"{opt.dataset} has {classes} classes, the model {num_class}")
-    normalization = checkpoint.get("normalization") or get_normalization(opt)
-    stated = checkpoint.get("attack")
-    attack = Attack.restore(stated, num_class, test_set.images[:1]) if stated is not None else None
-    attack = attack or get_attack(opt, num_class, test_set.size)
-    victim = load_model(checkpoint["state_dict"], path, arch, num_class, *normalization)
-    facts = {"arch": arch, "num_class": num_class, "dataset": opt.dataset, "normalization": normalization}
-    return victim.to(device).eval().requires_grad_(False), attack, {**facts, "attack": attack.state()}
+# Options that are used up before a defense begins, or that tell it of its batches.
+PREPARED = {"target", "force", "inversion_rounds", "inversion_steps", "inversion_batches"}
+PREPARED |= {"positive", "finetune_epochs", "finetune_lr", "batch_size", "augment"}
+# ... and those of a defense's training that its teacher's has as well.
+SHARED = ("schedule", "momentum", "weight_decay", "precision", "ema")
 
 
-def run_mcl(opt, victim, split, target, watch, device, clock):
-    """The steps of the paper: f_F, the inverted trigger, the student. Returns the student, the trigger, the history."""
-    with clock("finetune"):
-        positive = make_positive(opt, victim, split, device)
-    with clock("inversion"):
-        trigger = make_trigger(opt, victim, split, target, device)
-    print(f"inverted trigger: {trigger.pixels} pixels, L1 {trigger.l1:.1f}, hit rate {trigger.hit_rate:.1%}")
+def defend(opt, victim, split, target, watch, device, clock):
+    """Make what the defense takes (its teacher, the inverted trigger), then the student.
+
+    Returns:
+        the student, its history, and the inverted trigger or None.
+    """
+    defense, taken = DEFENSES[opt.defense], DEFENSES[opt.defense].takes
+    given = {"target": target, "plain": split.plain, "mirror": opt.augment == "crop_flip"}
+    given["rng"] = generator(opt.seed, opt.defense)
+    if "teacher" in taken and opt.positive == "backdoored":
+        given["teacher"] = victim
+    elif "teacher" in taken:
+        with clock("finetune"):
+            given["teacher"] = make_teacher(opt, victim, split, device)
+    if "trigger" in taken:
+        with clock("inversion"):
+            given["trigger"] = make_trigger(opt, victim, split, target, device)
+        print("inverted trigger: {0.pixels} pixels, L1 {0.l1:.1f}, hit rate {0.hit_rate:.1%}".format(given["trigger"]))
     with clock("purify"):
-        student, history = make_student(opt, victim, positive, trigger, split, target, watch, device)
-    return student, trigger, history
+        given = {name: given[name] for name in taken}
+        student, history = defense.defend(victim, split.training, device, watch=watch, **given, **settings_of(opt))
+    return student, history, given.get("trigger")
 
 
-def make_positive(opt, victim, split, device):
-    """Whose clean features are z+: f_F, or the victim itself, as in the paper's own code."""
-    if opt.positive == "backdoored":
-        return victim
-    size = {"epochs": opt.finetune_epochs, "lr": opt.finetune_lr}
-    return finetune(victim, split.training, device, mirror=mirrors(opt), **size, **sgd(opt))
+def settings_of(opt):
+    """The options of the chosen defense's own training."""
+    return {name: getattr(opt, name) for name in (*config.DEFENSES[opt.defense], "precision") if name not in PREPARED}
+
+
+def make_teacher(opt, victim, split, device):
+    """The fine-tuned victim: f_F of MCL, which answers for mirror images too where the split is flipped, or NAD's."""
+    defense = DEFENSES[opt.defense]
+    shared = {name: value for name, value in settings_of(opt).items() if name in SHARED}
+    if "mirror" in defense.takes:
+        shared["mirror"] = opt.augment == "crop_flip"
+    return defense.teach(victim, split.training, device, epochs=opt.finetune_epochs, lr=opt.finetune_lr, **shared)
 
 
 def make_trigger(opt, victim, split, target, device):
@@ -155,46 +208,5 @@ def make_trigger(opt, victim, split, target, device):
     return trigger
 
 
-def make_student(opt, victim, positive, trigger, split, target, watch, device):
-    """f_S and the history of its training; where its images are cropped and flipped, so is the trigger."""
-    moves = opt.augment == "crop_flip"
-    patterns = moved_patterns(victim, trigger, split.plain, target) if moves else trigger.pattern[None]
-    return purify(
-        victim,
-        positive,
-        patterns,
-        split.training,
-        device,
-        temperature=opt.temperature,
-        clean_weight=opt.clean_weight,
-        mirror=mirrors(opt),
-        target=target if opt.contrast == "others" else None,
-        epochs=opt.epochs,
-        lr=opt.lr,
-        watch=watch,
-        **sgd(opt),
-    )
-
-
-def mirrors(opt):
-    """Whether the teachers answer for the mirror image too: where the clean split is flipped, they are asked both."""
-    return opt.augment == "crop_flip"
-
-
-def sgd(opt):
-    """What fine-tuning and purification have in common."""
-    return {name: getattr(opt, name) for name in ("schedule", "momentum", "weight_decay", "precision", "ema")}
-
-
-def choose_target(opt, attack):
-    """The label to work against: --target, else the attack's own."""
-    if opt.target is None and attack.target is None:
-        raise UserError("an all2all attack has no single target; say with --target which label to work against")
-    target = attack.target if opt.target is None else opt.target
-    if not 0 <= target < attack.num_class:
-        raise UserError(f"--target {target} is not one of the labels 0..{attack.num_class - 1}")
-    return target
-
-
 if __name__ == "__main__":
-    run_script(main, "nothing of this run is kept: weights and figures are written at its end")
+    run_script(main, "nothing of this run is kept; a comparison keeps the runs that ended, and goes on with --resume")

@@ -15,6 +15,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from defenses.inversion import moved_patterns
 from utils.training import train
 
 
@@ -71,6 +72,25 @@ def finetune(victim, batches, device, *, mirror, **training):
 
     train(model, batches, loss_of, device, title="finetune", **training)
     return model.eval().requires_grad_(False)
+
+
+def defend(victim, batches, device, *, teacher, trigger, target, plain, mirror, contrast, **settings):
+    """The paper's third step with all that this repository adds to it.
+
+    Args:
+        victim: f_B. teacher: whose clean features are z+, f_F or f_B. batches: of the clean split.
+        trigger: the inverted one (defenses.inversion.Trigger), which makes the victim say `target`.
+        plain: batches of the clean split without crops and flips.
+        mirror: the training images are cropped and flipped, and so is the trigger, where the victim answers to it.
+        contrast: "others" leaves images of the target out of it, "all" does not.
+        settings: what `purify` takes.
+
+    Returns:
+        the student, in eval mode, and the history of its training.
+    """
+    patterns = moved_patterns(victim, trigger, plain, target) if mirror else trigger.pattern[None]
+    left_out = target if contrast == "others" else None
+    return purify(victim, teacher, patterns, batches, device, mirror=mirror, target=left_out, **settings)
 
 
 def purify(victim, positive, patterns, batches, device, *, temperature, clean_weight, mirror, target, **training):

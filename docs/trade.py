@@ -19,7 +19,9 @@ import torch
 
 import config
 from data_loader import get_clean_split, get_eval_set, load_images
-from main import choose_target, load_victim, make_positive, make_student, make_trigger, victim_path
+from defenses import mcl
+from main import make_teacher, make_trigger, settings_of
+from model_loader import load_victim, victim_paths
 from utils.device import pick_device
 from utils.errors import run_script
 from utils.files import write_csv, write_file
@@ -38,8 +40,9 @@ def main():
     opt, given = config.parse("main.py")
     device = pick_device(opt.device)
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
-    victim, attack, _ = load_victim(opt, given, victim_path(opt), test_set, device)
-    target, split = choose_target(opt, attack), get_clean_split(opt, train_set, attack, device)
+    (path,) = victim_paths(opt)
+    victim, attack, _ = load_victim(opt, given, path, test_set, device)
+    target, split = attack.target, get_clean_split(opt, train_set, attack, device)
     others = torch.ones(len(train_set.labels), dtype=torch.bool)
     others[split.index] = False
     held_out = others.nonzero()[:HELD_OUT, 0]
@@ -56,16 +59,18 @@ def main():
             rows.append({"recipe": recipe, "seed": opt.seed, "images": images, **figures, "target_class": target_class})
             print(*(f"{value:.2f}" if isinstance(value, float) else value for value in rows[-1].values()), sep="  ")
 
+    def purified(opt, split, teacher):
+        found = {"teacher": teacher, "trigger": trigger, "target": target, "plain": split.plain}
+        mirror = opt.augment == "crop_flip"
+        return mcl.defend(victim, split.training, device, mirror=mirror, **found, **settings_of(opt))[0]
+
     measure(victim, "victim")
-    positive, trigger = make_positive(opt, victim, split, device), make_trigger(opt, victim, split, target, device)
+    teacher, trigger = make_teacher(opt, victim, split, device), make_trigger(opt, victim, split, target, device)
     for temperature in TEMPERATURES:
         opt.temperature = temperature
-        student, _ = make_student(opt, victim, positive, trigger, split, target, None, device)
-        measure(student, f"{temperature:g}")
+        measure(purified(opt, split, teacher), f"{temperature:g}")
     opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
-    split = get_clean_split(opt, train_set, attack, device)
-    student, _ = make_student(opt, victim, victim, trigger, split, target, None, device)
-    measure(student, "published recipe")
+    measure(purified(opt, get_clean_split(opt, train_set, attack, device), victim), "published recipe")
     write_csv(os.path.join(FOLDER, "trade.csv"), rows)
     draw(rows, os.path.join(FOLDER, "trade.png"))
 

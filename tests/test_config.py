@@ -3,6 +3,7 @@
 import pytest
 
 import config
+from defenses import DEFENSES
 from utils.errors import RunError, UserError, run_script
 
 
@@ -30,6 +31,12 @@ from utils.errors import RunError, UserError, run_script
         (["--tensorboard", "--print_freq", "0"], "--tensorboard applies only with --print_freq from 1 to --epochs"),
         (["--defense", "none", "--tensorboard"], "--tensorboard does not apply with --defense none"),
         (["--defense", "none", "--epochs", "3"], "--epochs does not apply with --defense none"),
+        (["--defense", "ft", "--temperature", "1"], "--temperature applies only with --defense mcl"),
+        (["--defense", "fst", "--target", "3"], "--target applies only with --defense mcl or nc"),
+        (["--defense", "ibau", "--momentum", "0"], "--momentum applies only with --defense mcl or ft or nad or nc"),
+        (["--target", "3", "--force"], "--force applies only with --target auto"),
+        (["--target", "-1"], "-1 is not auto or a label"),
+        (["--resume"], "--resume applies only to a comparison"),
     ],
 )
 def test_what_does_not_apply_is_refused_in_one_line(words, told, capsys):
@@ -74,10 +81,27 @@ def test_each_script_has_only_its_own_options():
     assert "temperature" not in attack
 
 
-def test_the_options_of_the_defense_are_all_known_to_the_parser():
-    assert set(config.DEFENDING.split()) | set(config.APPLIES) <= set(
-        vars(config.get_arguments("main.py").parse_args([]))
-    )
+def test_the_options_of_the_defenses_are_all_known_to_the_parser():
+    known = vars(config.get_arguments("main.py").parse_args([]))
+    assert config.DEFENDING | set(config.APPLIES) <= set(known)
+    assert set(config.DEFENSES) == set(DEFENSES)
+
+
+def test_a_defense_brings_its_recipe():
+    options, _ = config.parse("main.py", ["--defense", "ftsam", "--rho", "1"])
+    assert (options.epochs, options.batch_size, options.rho) == (100, 256, 1)
+    assert options.temperature is options.target is options.alpha is None
+    assert config.parse("main.py", [])[0].target == "auto"
+
+
+def test_a_comparison_gives_each_defense_its_own_recipe_and_what_the_user_gave():
+    options, _ = config.parse("main.py", ["--defense", "all", "--lr", "0.5", "--temperature", "1", "--target", "3"])
+    assert config.compares(options)
+    mcl, ft = (config.one_run(options, defense=defense) for defense in ("mcl", "ft"))
+    assert (mcl.epochs, mcl.lr, mcl.temperature, mcl.target, mcl.force) == (8, 0.5, 1, 3, False)
+    assert (ft.epochs, ft.lr, ft.temperature, ft.target) == (20, 0.5, None, None)
+    assert config.compares(config.parse("main.py", ["--model", "a", "b"])[0])
+    assert not config.compares(config.parse("main.py", ["--model", "a"])[0])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their final name, then moved into place."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -33,6 +34,12 @@ def write_file(path: str, write) -> None:
                 os.unlink(beside)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def digest_file(path: str) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_file(path: str) -> None:
@@ -71,7 +78,11 @@ def check_folder(path: str, *files: str) -> None:
 
 def write_json(path: str, content: dict) -> None:
     """Write `content` as indented JSON."""
-    text = json.dumps(content, indent=2) + "\n"
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a text file."""
     write_file(path, lambda file: file.write(text.encode()))
 
 
@@ -82,4 +93,4 @@ def write_csv(path: str, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())

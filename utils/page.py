@@ -7,7 +7,7 @@ import os
 
 from utils.files import write_file
 from utils.plots import DPI, MODELS
-from utils.report import FIGURES, figures_rows, published_rows
+from utils.report import FIGURES, figures_rows, published_rows, search_rows
 
 # A browser that keeps to this loads nothing but the pictures inside the page, and runs nothing.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -61,7 +61,7 @@ def write_page(path: str, title: str, metrics: dict, classes: list[str], picture
         path: the page; the pictures lie in its folder.
         metrics: what metrics.json says: "dataset", "model", "device", "seed", "before" and, if there is one, "after"
             (the figures of utils.metrics), "target_label" (or None), "seconds", "config" and "versions", and where a
-            trigger was inverted "trigger" (a flat dict).
+            trigger was inverted "trigger" (a flat dict), where the target was searched "search" (a dict a label).
         classes: the K names.
         pictures: (file name, caption) in order; None for a name where a caption says why there is no picture.
 
@@ -79,6 +79,7 @@ def write_page(path: str, title: str, metrics: dict, classes: list[str], picture
         _tiles(before, after),
         _section("As the paper's table has it", _table(*published_rows(metrics["dataset"], before, after))),
         _section("Figures", _table([*header, "what it is"], figures)),
+        *_search(metrics),
         _section("Pictures", *(_figure(os.path.dirname(path), *picture) for picture in pictures)),
         _section("Classes", _table(["class", *header[1:]], per_class, marked=target)),
     ]
@@ -144,6 +145,15 @@ def _table(header, rows, marked=None):
         + "\n".join(body)
         + "\n</tbody>\n</table></div>"
     )
+
+
+def _search(metrics):
+    """The table of a search for the target, if there was one; the label worked against stands out."""
+    if not metrics.get("search"):
+        return []
+    told = "a backdoor is suspected" if any(found["flagged"] for found in metrics["search"]) else "no backdoor found"
+    rows = _table(*search_rows(metrics["search"]), marked=metrics["worked_against"])
+    return [_section(f"Search for the target: {told}", rows)]
 
 
 def _pairs(values):

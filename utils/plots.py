@@ -116,7 +116,7 @@ def spread(total: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _picture(path, width, height):
+def new_picture(path, width, height):
     """A figure of so many inches, in this module's style whatever matplotlibrc says, written to `path` in the end."""
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
@@ -145,7 +145,7 @@ def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor, invert
                 change("true minus inverted", triggered - stamped),
             ]
         ]
-    with _picture(path, 7, 2.5 * len(rows) + 0.25) as figure:
+    with new_picture(path, 7, 2.5 * len(rows) + 0.25) as figure:
         for panels, row in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
             for axes, (title, pixels) in zip(panels, row, strict=True):
                 axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
@@ -174,7 +174,7 @@ def draw_curves(path: str, rows: list[dict]) -> None:
     """
     later = [row for row in rows if row["epoch"] > 0]
     closer = 1 < len(later) < len(rows)
-    with _picture(path, 7 if closer else 5, 3.4) as figure:
+    with new_picture(path, 7 if closer else 5, 3.4) as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=[3, 2])
         axes = figure.add_subplot(grid[:, 0] if closer else grid[:, :])
         _draw_lines(axes, rows, CURVES)
@@ -208,7 +208,7 @@ def draw_per_class(path: str, classes: list[str], figures: dict[str, dict], targ
     columns = torch.tensor([figure["per_class"] for figure in figures.values()])[:, : len(classes)]
     shown = classes_to_show(columns, target)
     columns = columns[:, shown]
-    with _picture(path, 6, 1.2 + 0.22 * len(shown)) as figure:
+    with new_picture(path, 6, 1.2 + 0.22 * len(shown)) as figure:
         axes, places = figure.add_subplot(), range(len(shown))
         if target in shown:
             axes.axhspan(shown.index(target) - 0.5, shown.index(target) + 0.5, color="#F0F0F0", zorder=0)
@@ -302,7 +302,7 @@ def draw_features(path: str, features: dict[str, tuple], of_target: torch.Tensor
     panels = [("before", "before", "")]
     if "after" in features:
         panels += [("after", "before", ", same axes"), ("after", "after", ", its own axes")]
-    with _picture(path, max(4.6, 3.1 * len(panels)), 3.6) as figure:
+    with new_picture(path, max(4.6, 3.1 * len(panels)), 3.6) as figure:
         for axes, (name, base, told) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             clean, triggered = map(planes[base].map, features[name])
             for points, mark in ((clean[~of_target], "clean"), (clean[of_target], "target"), (triggered, "triggered")):

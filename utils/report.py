@@ -118,3 +118,15 @@ def published_table(dataset: str, before: dict, after: dict | None = None) -> st
 def figures_table(classes: list[str], before: dict, after: dict | None = None) -> str:
     """`figures_rows` as text."""
     return table(*figures_rows(classes, before, after))
+
+
+def search_rows(searched: list[dict]) -> tuple[list[str], list[list]]:
+    """What a search for the target says of each label, as defenses.detection.Found.facts has it: header and rows."""
+    header = ["label", "L1 norm", "hit rate, %", "index", "flagged"]
+    keys = ("label", "size", "hit_rate", "index")
+    return header, [[*(found[key] for key in keys), "yes" if found["flagged"] else "no"] for found in searched]
+
+
+def search_table(searched: list[dict]) -> str:
+    """`search_rows` as text."""
+    return table(*search_rows(searched))

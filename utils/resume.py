@@ -9,6 +9,7 @@ import torch
 
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.files import digest_file
 
 STATE = "resume.pt"
 # Options that change no number: where things lie, what else is logged, and whether to resume.
@@ -92,6 +93,18 @@ class Resumable:
         if other:
             told = ", ".join(f"--{name} {stored.get(name)} (not {self.options[name]})" for name in other)
             raise UserError(f"{path} belongs to a run with {told}; resume with those, or start anew without --resume")
+
+
+def finished_run(folder: str, options: dict, model: str) -> dict | None:
+    """metrics.json of a run of main.py, if there is one of these options on this very file; a run writes it last."""
+    try:
+        with open(os.path.join(folder, "metrics.json")) as file:
+            metrics = json.load(file)
+        same = metrics["model_sha256"] == digest_file(model) and isinstance(metrics["before"], dict)
+        kept = {name: value for name, value in options.items() if name not in PLACES | {"model"}}
+        return metrics if same and all(metrics["config"][name] == value for name, value in kept.items()) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def resume_command() -> str:
