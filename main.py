@@ -1,7 +1,7 @@
 """Purify a backdoored classifier with a small clean set: with Model-Contrastive Learning, or what it is compared with.
 
     python main.py                                  the CIFAR-10 victim in weight/CIFAR10
-    python main.py --dataset shapes                 the same on drawn pictures: no download, under two minutes
+    python main.py --dataset shapes                 the same on drawn pictures: no download
     python main.py --model FILE --defense none      only measure a model
     python main.py --defense all --model FILE ...   every defense on each of these victims, and a table
 
@@ -80,7 +80,8 @@ def run(opt, given, name) -> dict:
         victim, attack, facts = load_victim(opt, given, path, test_set, device)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
-        check_target(opt, attack.num_class)
+        if opt.target not in (None, "auto") and opt.target >= attack.num_class:
+            raise UserError(f"--target {opt.target} is not one of the labels 0..{attack.num_class - 1}")
     print(f"victim {path}: {facts['arch']}, {attack.describe()}")
     with clock("evaluate"):
         figures = {"before": evaluate(victim, test, attack, device)}
@@ -89,9 +90,8 @@ def run(opt, given, name) -> dict:
     target, searched = opt.target, None
     if target == "auto":
         with clock("detect"):
-            searched = search_target(
-                victim, split.search, attack.num_class, device, generator(opt.seed, "search"), precision=opt.precision
-            )
+            rng = generator(opt.seed, "search")
+            searched = search_target(victim, split.search, attack.num_class, device, rng, precision=opt.precision)
         target = choose_target(searched, opt.force)
     if opt.defense != "none" and not (searched and target is None):
         told = "" if target is None else f"; target {target}"
@@ -129,11 +129,6 @@ def run(opt, given, name) -> dict:
     write_json(os.path.join(results, "metrics.json"), metrics)  # last: a run that has it has all
     print(f"\nreport: {os.path.join(results, 'report.html')}")
     return metrics
-
-
-def check_target(opt, num_class):
-    if opt.target not in (None, "auto") and opt.target >= num_class:
-        raise UserError(f"--target {opt.target} is not one of the labels 0..{num_class - 1}")
 
 
 def choose_target(searched, force) -> int | None:
