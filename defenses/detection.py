@@ -78,6 +78,7 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     optimizer = torch.optim.Adam([plus, minus], lr=0.1, betas=(0.5, 0.9))
     weight = torch.full((num_class,), LATER_WEIGHT, device=device)
     sizes, rates, worked = [], [], start.clone()
+    ever = torch.zeros(num_class, dtype=torch.bool, device=device)
     with progress_bar("search", steps, "batch") as bar:
         for images, labels in itertools.islice(stream, steps):
             hits = torch.zeros(num_class, device=device)
@@ -95,11 +96,11 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
             sizes.append(pattern_of(plus, minus).detach().abs().sum((1, 2, 3)))
             weight = torch.where(rates[-1] >= HIT_RATE, weight * RAISE, weight / LOWER)
             # Below zero p and q have no gradient to come back by: what was shrunk too far starts from where it worked.
-            works, lost = (test[:, None, None, None] for test in (rates[-1] >= HIT_RATE, rates[-1] < HIT_RATE / 2))
+            works, lost = rates[-1] >= HIT_RATE, ever & (rates[-1] < HIT_RATE / 2)
+            ever |= works
             with torch.no_grad():
                 for part, last in zip((plus, minus), worked, strict=True):
-                    last.copy_(torch.where(works, part, last))
-                    part.copy_(torch.where(lost, last, part))
+                    last[works], part[lost] = part[works], last[lost]
             bar.update()
     # The smallest pattern of many steps would be the luckiest one: the mean of those, at the end, that work.
     sizes, rates = (torch.stack(values[-max(1, int(SETTLED * steps)) :]) for values in (sizes, rates))
