@@ -1,8 +1,8 @@
-"""The trade between ASR and the target class, on held-out training images: what --temperature does.
+"""The trade between ASR and the target class, on held-out training images: what --clean_weight does.
 
     python -m docs.trade --model FILE       writes docs/trade.csv and docs/trade.png
 
-Takes main.py's options. For each temperature the victim is purified as main.py does it, and measured on 6,000 training
+Takes main.py's options. For each weight the victim is purified as main.py does it, and measured on 6,000 training
 images outside the clean split, mirrored: a victim trained without flips knows its training images by heart, but not
 their mirror images, on which it errs about as often as on test images. The test set is measured beside it, for the
 published point's sake.
@@ -26,7 +26,7 @@ from utils.files import write_csv, write_file
 from utils.metrics import evaluate
 
 HELD_OUT = 6_000
-TEMPERATURES = (0.4, 0.2, 0.15, 0.1)
+CLEAN_WEIGHTS = (3, 7, 12, 20)
 PUBLISHED = (
     "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps "
     "--epochs 20 --temperature 0.5"
@@ -58,10 +58,10 @@ def main():
 
     measure(victim, "victim")
     positive, trigger = make_positive(opt, victim, split, device), make_trigger(opt, victim, split, target, device)
-    for temperature in TEMPERATURES:
-        opt.temperature = temperature
+    for weight in CLEAN_WEIGHTS:
+        opt.clean_weight = weight
         student, _ = make_student(opt, victim, positive, trigger, split, target, None, device)
-        measure(student, f"{temperature:g}")
+        measure(student, f"{weight:g}")
     opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
     split = get_clean_split(opt, train_set, attack, device)
     student, _ = make_student(opt, victim, victim, trigger, split, target, None, device)
@@ -92,7 +92,7 @@ def draw(rows, path):
     panels[1].plot(82.29, 1.92, "*", color="black", markersize=11, label="as published, test")
     panels[0].set_ylabel("ASR, %")
     panels[1].legend(fontsize=8)
-    figure.suptitle("What --temperature (the numbers) trades", fontsize=11)
+    figure.suptitle("What --clean_weight (the numbers) trades", fontsize=11)
     write_file(path, lambda file: figure.savefig(file, dpi=110))
 
 
