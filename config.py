@@ -119,7 +119,7 @@ def _add_defense(parser):
     add("--momentum", type=decay, default=0.9, help="of SGD, Nesterov's form")
     add("--weight_decay", type=zero_or_more, default=1e-4, help="of SGD")
     add("--temperature", type=above_zero, default=0.15, help="t of the contrastive loss; published: 0.5")
-    add("--clean_weight", type=zero_or_more, default=12.0, help="of 1 - cos(g_S(x), z+) on clean images; published: 0")
+    add("--align_weight", type=zero_or_more, default=12.0, help="of 1 - cos(z, z+), z of x and of x'; published: 0")
     add("--contrast", default="others", choices=["others", "all"], help="others: not the target class; published: all")
     add("--augment", default="crop_flip", choices=["crop_flip", "none"], help="of the clean split; published: none")
     add("--ema", type=decay, default=0.97, help="decay of the averaged weights; published: 0, the last weights")
@@ -137,7 +137,7 @@ APPLIES = {
 # ... those that mean nothing where a model is only measured, and those that do where nothing is poisoned.
 DEFENDING = (
     "target ratio inversion_rounds inversion_steps inversion_batches positive finetune_epochs finetune_lr epochs "
-    "batch_size lr schedule momentum weight_decay temperature clean_weight contrast augment ema precision print_freq "
+    "batch_size lr schedule momentum weight_decay temperature align_weight contrast augment ema precision print_freq "
     "tensorboard"
 )
 POISONING = "train_delta epsilon noise_ratio"

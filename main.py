@@ -166,7 +166,7 @@ def make_student(opt, victim, positive, trigger, split, target, watch, device):
         split.training,
         device,
         temperature=opt.temperature,
-        clean_weight=opt.clean_weight,
+        align_weight=opt.align_weight,
         mirror=mirrors(opt),
         target=target if opt.contrast == "others" else None,
         epochs=opt.epochs,

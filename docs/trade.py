@@ -1,4 +1,4 @@
-"""The trade between ASR and the target class, on held-out training images: what --clean_weight does.
+"""The trade between ASR and the target class, on held-out training images: what --align_weight does.
 
     python -m docs.trade --model FILE       writes docs/trade.csv and docs/trade.png
 
@@ -28,7 +28,7 @@ from utils.metrics import evaluate
 HELD_OUT = 6_000
 CLEAN_WEIGHTS = (3, 7, 12, 20)
 PUBLISHED = (
-    "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps "
+    "--positive backdoored --contrast all --align_weight 0 --augment none --ema 0 --schedule steps "
     "--epochs 20 --temperature 0.5"
 )
 FOLDER = os.path.dirname(__file__)
@@ -59,7 +59,7 @@ def main():
     measure(victim, "victim")
     positive, trigger = make_positive(opt, victim, split, device), make_trigger(opt, victim, split, target, device)
     for weight in CLEAN_WEIGHTS:
-        opt.clean_weight = weight
+        opt.align_weight = weight
         student, _ = make_student(opt, victim, positive, trigger, split, target, None, device)
         measure(student, f"{weight:g}")
     opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
@@ -92,7 +92,7 @@ def draw(rows, path):
     panels[1].plot(82.29, 1.92, "*", color="black", markersize=11, label="as published, test")
     panels[0].set_ylabel("ASR, %")
     panels[1].legend(fontsize=8)
-    figure.suptitle("What --clean_weight (the numbers) trades", fontsize=11)
+    figure.suptitle("What --align_weight (the numbers) trades", fontsize=11)
     write_file(path, lambda file: figure.savefig(file, dpi=110))
 
 

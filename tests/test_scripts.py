@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
 
 
 def test_the_published_recipe_is_reachable(script, folder, victim):
-    words = "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps --epochs 1"
+    words = "--positive backdoored --contrast all --align_weight 0 --augment none --ema 0 --schedule steps --epochs 1"
     words += " --inversion_steps 20"
     done = script("main.py", *DEFENSE, *places(folder), "--model", victim, "--name", "published", *words.split())
     assert done.returncode == 0, done.stderr
