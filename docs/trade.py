@@ -91,7 +91,7 @@ def draw(rows, path):
         panel.margins(0.12)
     panels[1].plot(82.29, 1.92, "*", color="black", markersize=11, label="as published, test")
     panels[0].set_ylabel("ASR, %")
-    panels[1].legend(fontsize=8)
+    panels[1].legend(fontsize=8, loc="lower left")
     figure.suptitle("What --align_weight (the numbers) trades", fontsize=11)
     write_file(path, lambda file: figure.savefig(file, dpi=110))
 
