@@ -72,7 +72,7 @@ def main():
 
 def draw(rows, path):
     """ASR against the target class's accuracy and against ACC without it, one line for each set of images."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.1), sharey=True, layout="constrained")
     columns = {"target_class": "accuracy on the target class, %", "acc_published": "ACC without the target class, %"}
     for panel, (column, told) in zip(panels, columns.items(), strict=True):
         for images, colour in (("held-out", "tab:blue"), ("test", "tab:orange")):
@@ -91,7 +91,7 @@ def draw(rows, path):
         panel.margins(0.12)
     panels[1].plot(82.29, 1.92, "*", color="black", markersize=11, label="as published, test")
     panels[0].set_ylabel("ASR, %")
-    panels[1].legend(fontsize=8, loc="lower left")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle("What --align_weight (the numbers) trades", fontsize=11)
     write_file(path, lambda file: figure.savefig(file, dpi=110))
 
