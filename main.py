@@ -157,8 +157,7 @@ def make_trigger(opt, victim, split, target, device):
 
 def make_student(opt, victim, positive, trigger, split, target, watch, device):
     """f_S and the history of its training; where its images are cropped and flipped, so is the trigger."""
-    moves = opt.augment == "crop_flip"
-    patterns = moved_patterns(victim, trigger, split.plain, target) if moves else trigger.pattern[None]
+    patterns = moved_patterns(victim, trigger, split.plain, target) if mirrors(opt) else trigger.pattern[None]
     return purify(
         victim,
         positive,

@@ -1,7 +1,7 @@
 """This repository against the public way, stage by stage, A and B in turn.
 
     python -m tests.bench --model FILE      the table, and main.py on FILE end to end
-    python -m tests.bench --quick           under a minute: fewer images, no end-to-end run
+    python -m tests.bench --quick           fewer images, once, and no end-to-end run
 
 The public way is what research releases do: a DataLoader that opens, crops and flips one PIL image after another, NCHW,
 float32, batches of 64, gradients for whatever there is, a look at the loss in every step. Each side has a process of
@@ -226,7 +226,7 @@ def main():
     parser.add_argument("--data_root", default=config.DATA_ROOT)
     parser.add_argument("--batch_size", type=int, default=128, help="of training, on both sides")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of this repository's side")
-    parser.add_argument("--quick", action="store_true", help="under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer images, once, and no end-to-end run")
     opt = parser.parse_args()
     opt.dataset, opt.num_class = "CIFAR10", None
     opt.images, opt.repeats = (512, 1) if opt.quick else (5_000, 3)
