@@ -36,10 +36,6 @@ class Trigger:
         """Sum of absolute values over pixels and channels, in units of the full range [0, 1]."""
         return self.pattern.abs().sum().item()
 
-    def stamp(self, images: torch.Tensor) -> torch.Tensor:
-        """x' = clamp(x + d, 0, 1) for (B, 3, H, W) images."""
-        return (images + self.pattern).clamp(0, 1)
-
 
 def pattern_of(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
     """d = clamp(p, 0, 1) - clamp(q, 0, 1), both (3, H, W)."""

@@ -104,7 +104,11 @@ def test_purify_parts_the_student_from_the_victim_on_triggered_images(victim, tr
 
     def closer_to_clean(model):
         features = [
-            (model.features(trigger.stamp(x)), victim.features(x), victim.features(trigger.stamp(x)))
+            (
+                model.features(stamp(x, trigger.pattern[None])),
+                victim.features(x),
+                victim.features(stamp(x, trigger.pattern[None])),
+            )
             for x, _ in batches
         ]
         return sum(
@@ -140,7 +144,7 @@ def test_every_setting_changes_the_student(victim, trigger, batches, change):
 def test_the_loss_of_a_batch_by_hand(victim, trigger, batches):
     images, labels = batches[0]
     _, history = purified(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1)
-    student, x = copy.deepcopy(victim).train(), trigger.stamp(images)
+    student, x = copy.deepcopy(victim).train(), stamp(images, trigger.pattern[None])
     clean, bad = victim.features(images), victim.features(x)
     z = student.features(torch.cat([images, x]))
     to_clean = torch.cosine_similarity(z, torch.cat([clean, clean]))
