@@ -29,7 +29,7 @@ _SGD |= {"augment": "crop_flip"}
 _COSINE = _SGD | {"lr": 0.01, "schedule": "cosine"}
 _INVERTED = {"target": "auto", "force": False, "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3}
 _MCL = {"positive": "finetuned", "finetune_epochs": 5, "finetune_lr": 0.003, "epochs": 8, "schedule": "onecycle"}
-_MCL |= {"temperature": 0.15, "clean_weight": 12.0, "contrast": "others", "ema": 0.97}
+_MCL |= {"temperature": 0.15, "align_weight": 12.0, "contrast": "others", "ema": 0.97}
 DEFENSES = {
     "mcl": _INVERTED | _SGD | _MCL,
     "ft": _SGD,
@@ -150,7 +150,7 @@ def _add_defense(parser):
     own("weight_decay", zero_or_more, "of SGD")
     own("augment", str, "of the clean split; published for mcl: none", choices=["crop_flip", "none"])
     own("temperature", above_zero, "t of the contrastive loss; published: 0.5")
-    own("clean_weight", zero_or_more, "of 1 - cos(g_S(x), z+) on clean images; published: 0")
+    own("align_weight", zero_or_more, "of 1 - cos(g_S(x), z+) on clean images; published: 0")
     own("contrast", str, "others: not the target class; published: all", choices=["others", "all"])
     own("ema", decay, "decay of the averaged weights; published: 0, the last weights")
     own("rho", above_zero, "how far FT-SAM looks for the sharpest point, relative to the weights")

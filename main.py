@@ -17,7 +17,6 @@ from data_loader import get_clean_split, get_eval_set, load_images
 from defenses import DEFENSES
 from defenses.detection import search_target
 from defenses.inversion import HIT_RATE, invert_trigger
-from model_loader import load_victim, victim_name, victim_paths
 from utils.board import open_board
 from utils.checkpoint import save_checkpoint
 from utils.comparison import comparison_row, comparison_text, write_comparison
@@ -30,6 +29,7 @@ from utils.plots import draw_run, spread
 from utils.report import Stopwatch, figures_table, published_table, run_facts, search_table
 from utils.resume import finished_run
 from utils.seed import generator
+from utils.victim import load_victim, victim_name, victim_paths
 
 
 def main():

@@ -6,9 +6,7 @@ from attacks.triggers import check_room
 from utils.report import progress_bar
 
 NEURONS = 2
-STARTS = (
-    16  # random patches that are optimised side by side: a neuron that one of them leaves at zero gives no gradient
-)
+STARTS = 16  # random patches side by side: a neuron that a patch leaves at zero gives it no gradient
 STEPS = 200
 STEP_SIZE = 0.05  # of Adam, for pixels in [0, 1]
 

@@ -36,9 +36,10 @@ class Trigger:
         """Sum of absolute values over pixels and channels, in units of the full range [0, 1]."""
         return self.pattern.abs().sum().item()
 
-    def stamp(self, images: torch.Tensor) -> torch.Tensor:
-        """x' = clamp(x + d, 0, 1) for (B, 3, H, W) images."""
-        return (images + self.pattern).clamp(0, 1)
+
+def stamp(images, patterns) -> torch.Tensor:
+    """x' = clamp(x + d, 0, 1), (B, 3, H, W), with the (V, 3, H, W) patterns dealt out to the images in turn."""
+    return (images + patterns[torch.arange(len(images), device=images.device) % len(patterns)]).clamp(0, 1)
 
 
 def pattern_of(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@ The student f_S starts as the victim. g(.) is the pooled feature before the last
 with the inverted trigger stamped on it, x', the student's feature is drawn to the clean one, g_F(x), and pushed away
 from the backdoored one, g_B(x').
 
-Beyond the paper, each with an option that turns it off: clean images pass through the student as well (clean_weight),
-the positive is averaged over the image and its mirror image (mirror), the trigger is moved about (patterns), images of
-the target class are left out of the contrast (target), and the student's last weights are averaged (ema).
+Beyond the paper, each with an option that turns it off: clean images pass through the student as well, and its features
+of both are held to the positive, lest the contrast push x' past it (align_weight); the positive is averaged over the
+image and its mirror image (mirror); the trigger is moved about (patterns); images of the target class are left out of
+the contrast (target); and the student's last weights are averaged (ema).
 """
 
 import copy
@@ -15,7 +16,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from defenses.inversion import moved_patterns
+from defenses.inversion import moved_patterns, stamp
 from utils.training import train
 
 
@@ -35,19 +36,14 @@ def contrastive_loss(anchor, positive, negative, temperature: float) -> torch.Te
     return F.cross_entropy(logits, torch.zeros(len(anchor), dtype=torch.int64, device=anchor.device), reduction="none")
 
 
-def clean_loss(feature, positive) -> torch.Tensor:
-    """1 - cos(g_S(x), z+), (B,): the student's feature of a clean image keeps the direction of the positive."""
+def alignment_loss(feature, positive) -> torch.Tensor:
+    """1 - cos(z, z+), (B,): the student's feature keeps the direction of the positive."""
     return 1 - F.cosine_similarity(feature, positive)
 
 
 def mirrored_mean(function, images, mirror: bool) -> torch.Tensor:
     """function(images), or its mean over the images and their mirror images."""
     return (function(images) + function(images.flip(3))) / 2 if mirror else function(images)
-
-
-def stamp(images, patterns) -> torch.Tensor:
-    """x' = clamp(x + d, 0, 1), (B, 3, H, W), with the (V, 3, H, W) patterns dealt out to the images in turn."""
-    return (images + patterns[torch.arange(len(images), device=images.device) % len(patterns)]).clamp(0, 1)
 
 
 def finetune(victim, batches, device, *, mirror, **training):
@@ -93,14 +89,14 @@ def defend(victim, batches, device, *, teacher, trigger, target, plain, mirror, 
     return purify(victim, teacher, patterns, batches, device, mirror=mirror, target=left_out, **settings)
 
 
-def purify(victim, positive, patterns, batches, device, *, temperature, clean_weight, mirror, target, **training):
+def purify(victim, positive, patterns, batches, device, *, temperature, align_weight, mirror, target, **training):
     """Make f_S from f_B: the paper's contrastive learning on the clean split.
 
     Args:
         victim: f_B, frozen, in eval mode. positive: f_F, likewise, or f_B again (the pairing of the paper's own code).
         patterns: (V, 3, H, W), the inverted trigger, alone or with others that the victim answers to alike.
         batches: (images, labels) of the clean split.
-        clean_weight: of the clean loss; at 0 clean images do not pass through the student.
+        align_weight: of the alignment loss of x and x'; at 0 clean images do not pass through the student.
         mirror: z+ is averaged over the image and its mirror image.
         target: images of this label are left out of the contrast, since their z- is where their z+ is; None: none are.
         training: what utils.training.train takes; its ema averages the student's weights over the last steps.
@@ -116,9 +112,10 @@ def purify(victim, positive, patterns, batches, device, *, temperature, clean_we
         with torch.no_grad():
             z_positive = mirrored_mean(positive.features, images, mirror)
             z_negative = victim.features(triggered)
-        if clean_weight:
-            z_clean, z = student.features(torch.cat([images, triggered])).chunk(2)
-            extra = clean_weight * clean_loss(z_clean, z_positive).mean()
+        if align_weight:
+            both = student.features(torch.cat([images, triggered]))
+            extra = align_weight * alignment_loss(both, z_positive.repeat(2, 1)).mean()
+            z = both[len(images) :]
         else:
             z, extra = student.features(triggered), 0.0
         counted = torch.ones_like(labels) if target is None else labels != target

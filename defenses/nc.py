@@ -9,6 +9,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from defenses.inversion import stamp
 from utils.training import train
 
 STAMPED = 0.2  # share of the images that get the trigger
@@ -20,7 +21,7 @@ def stamp_share(images: torch.Tensor, trigger) -> torch.Tensor:
     Batches come in random order, so that these are a random fifth of the split, another one each epoch.
     """
     count = round(STAMPED * len(images))
-    return torch.cat([trigger.stamp(images[:count]), images[count:]])
+    return torch.cat([stamp(images[:count], trigger.pattern[None]), images[count:]])
 
 
 def unlearn(victim, batches, device, *, trigger, **training):
@@ -29,7 +30,7 @@ def unlearn(victim, batches, device, *, trigger, **training):
     Args:
         victim: f_B, frozen.
         batches: (images (B, 3, H, W) in [0, 1], labels (B,)) of the clean split.
-        trigger: the inverted one, with stamp(images).
+        trigger: the inverted one (defenses.inversion.Trigger).
         training: what utils.training.train takes.
 
     Returns:

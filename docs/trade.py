@@ -1,8 +1,8 @@
-"""The trade between ASR and the target class, on held-out training images: what --temperature does.
+"""The trade between ASR and the target class, on held-out training images: what --align_weight does.
 
     python -m docs.trade --model FILE       writes docs/trade.csv and docs/trade.png
 
-Takes main.py's options. For each temperature the victim is purified as main.py does it, and measured on 6,000 training
+Takes main.py's options. For each weight the victim is purified as main.py does it, and measured on 6,000 training
 images outside the clean split, mirrored: a victim trained without flips knows its training images by heart, but not
 their mirror images, on which it errs about as often as on test images. The test set is measured beside it, for the
 published point's sake.
@@ -21,16 +21,16 @@ import config
 from data_loader import get_clean_split, get_eval_set, load_images
 from defenses import mcl
 from main import make_teacher, make_trigger, settings_of
-from model_loader import load_victim, victim_paths
 from utils.device import pick_device
 from utils.errors import run_script
 from utils.files import write_csv, write_file
 from utils.metrics import evaluate
+from utils.victim import load_victim, victim_paths
 
 HELD_OUT = 6_000
-TEMPERATURES = (0.4, 0.2, 0.15, 0.1)
+ALIGN_WEIGHTS = (3, 7, 12, 20)
 PUBLISHED = (
-    "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps "
+    "--positive backdoored --contrast all --align_weight 0 --augment none --ema 0 --schedule steps "
     "--epochs 20 --temperature 0.5"
 )
 FOLDER = os.path.dirname(__file__)
@@ -66,9 +66,9 @@ def main():
 
     measure(victim, "victim")
     teacher, trigger = make_teacher(opt, victim, split, device), make_trigger(opt, victim, split, target, device)
-    for temperature in TEMPERATURES:
-        opt.temperature = temperature
-        measure(purified(opt, split, teacher), f"{temperature:g}")
+    for weight in ALIGN_WEIGHTS:
+        opt.align_weight = weight
+        measure(purified(opt, split, teacher), f"{weight:g}")
     opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
     measure(purified(opt, get_clean_split(opt, train_set, attack, device), victim), "published recipe")
     write_csv(os.path.join(FOLDER, "trade.csv"), rows)
@@ -77,7 +77,7 @@ def main():
 
 def draw(rows, path):
     """ASR against the target class's accuracy and against ACC without it, one line for each set of images."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.1), sharey=True, layout="constrained")
     columns = {"target_class": "accuracy on the target class, %", "acc_published": "ACC without the target class, %"}
     for panel, (column, told) in zip(panels, columns.items(), strict=True):
         for images, colour in (("held-out", "tab:blue"), ("test", "tab:orange")):
@@ -96,8 +96,8 @@ def draw(rows, path):
         panel.margins(0.12)
     panels[1].plot(82.29, 1.92, "*", color="black", markersize=11, label="as published, test")
     panels[0].set_ylabel("ASR, %")
-    panels[1].legend(fontsize=8)
-    figure.suptitle("What --temperature (the numbers) trades", fontsize=11)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle("What --align_weight (the numbers) trades", fontsize=11)
     write_file(path, lambda file: figure.savefig(file, dpi=110))
 
 

@@ -97,7 +97,7 @@ def defended(name, victim, batches, **changes):
     given = {"teacher": victim, "trigger": Trigger(pattern, 1.0), "target": 1, "plain": batches, "mirror": True}
     given["rng"] = torch.Generator().manual_seed(changes.pop("seed", 0))
     own = {
-        "mcl": SGD | {"temperature": 0.5, "clean_weight": 1.0, "contrast": "others", "ema": 0.5},
+        "mcl": SGD | {"temperature": 0.5, "align_weight": 1.0, "contrast": "others", "ema": 0.5},
         "ibau": {"epochs": 2, "lr": 0.01, "precision": "fp32"},
         "ftsam": SGD | {"rho": 2.0},
         "fst": SGD | {"alpha": 0.2},

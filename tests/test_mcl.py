@@ -1,12 +1,13 @@
 """The losses by hand, and what fine-tuning and purification do to the three models."""
 
+import copy
 import math
 
 import pytest
 import torch
 
-from defenses.inversion import Trigger
-from defenses.mcl import clean_loss, contrastive_loss, finetune, mirrored_mean, purify, stamp
+from defenses.inversion import Trigger, stamp
+from defenses.mcl import alignment_loss, contrastive_loss, finetune, mirrored_mean, purify
 from models import select_model
 
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -37,8 +38,8 @@ def test_features_of_different_shape_are_refused():
         contrastive_loss(ANCHOR, POSITIVE[:1], NEGATIVE, 0.5)
 
 
-def test_clean_loss_by_hand():
-    assert clean_loss(ANCHOR, POSITIVE).tolist() == pytest.approx([0.0, 1 - 0.5**0.5], abs=1e-6)
+def test_alignment_loss_by_hand():
+    assert alignment_loss(ANCHOR, POSITIVE).tolist() == pytest.approx([0.0, 1 - 0.5**0.5], abs=1e-6)
 
 
 def test_mirrored_mean_by_hand():
@@ -80,7 +81,7 @@ def weights(model):
 
 
 def purified(victim, trigger, batches, positive=None, **changes):
-    settings = {"temperature": 0.5, "clean_weight": 1.0, "mirror": False, "target": None, "ema": 0.0, **TRAINING}
+    settings = {"temperature": 0.5, "align_weight": 1.0, "mirror": False, "target": None, "ema": 0.0, **TRAINING}
     settings |= changes
     return purify(victim, positive or victim, trigger.pattern[None], batches, torch.device("cpu"), **settings)
 
@@ -103,7 +104,11 @@ def test_purify_parts_the_student_from_the_victim_on_triggered_images(victim, tr
 
     def closer_to_clean(model):
         features = [
-            (model.features(trigger.stamp(x)), victim.features(x), victim.features(trigger.stamp(x)))
+            (
+                model.features(stamp(x, trigger.pattern[None])),
+                victim.features(x),
+                victim.features(stamp(x, trigger.pattern[None])),
+            )
             for x, _ in batches
         ]
         return sum(
@@ -119,7 +124,7 @@ def test_purify_parts_the_student_from_the_victim_on_triggered_images(victim, tr
     "change",
     [
         {"temperature": 0.1},
-        {"clean_weight": 0.0},
+        {"align_weight": 0.0},
         {"mirror": True},
         {"target": 1},
         {"ema": 0.5},
@@ -136,10 +141,22 @@ def test_every_setting_changes_the_student(victim, trigger, batches, change):
     assert not torch.equal(weights(usual), weights(other))
 
 
+def test_the_loss_of_a_batch_by_hand(victim, trigger, batches):
+    images, labels = batches[0]
+    _, history = purified(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1)
+    student, x = copy.deepcopy(victim).train(), stamp(images, trigger.pattern[None])
+    clean, bad = victim.features(images), victim.features(x)
+    z = student.features(torch.cat([images, x]))
+    to_clean = torch.cosine_similarity(z, torch.cat([clean, clean]))
+    near, far = (to_clean[8:] / 0.5).exp(), (torch.cosine_similarity(z[8:], bad) / 0.5).exp()
+    contrast = -(near / (near + far)).log()[labels != 1].mean()
+    assert history[0]["loss"] == pytest.approx((contrast + 3 * (1 - to_clean).mean()).item(), rel=1e-5)
+
+
 def test_images_of_the_target_alone_give_no_contrast(victim, trigger):
     rng = torch.Generator().manual_seed(0)
     only_target = [(torch.rand(8, 3, 8, 8, generator=rng), torch.ones(8, dtype=torch.int64))]
-    _, history = purified(victim, trigger, only_target, clean_weight=0.0, target=1)
+    _, history = purified(victim, trigger, only_target, align_weight=0.0, target=1)
     assert [row["loss"] for row in history] == [0.0, 0.0]
 
 

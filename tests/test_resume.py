@@ -221,7 +221,10 @@ def test_a_loss_that_is_no_number_from_the_start_keeps_nothing_and_says_so(start
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-u", str(ROOT / "train_badnet.py"), *WORDS]
+    # A shell that runs the tests in the background has told them to ignore Ctrl-C, which a child would inherit.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, usual)
     assert "poisoned" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)

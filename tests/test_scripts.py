@@ -165,7 +165,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(script, folder, victim):
 
 
 def test_the_published_recipe_is_reachable(script, folder, victim):
-    words = "--positive backdoored --contrast all --clean_weight 0 --augment none --ema 0 --schedule steps --epochs 1"
+    words = "--positive backdoored --contrast all --align_weight 0 --augment none --ema 0 --schedule steps --epochs 1"
     words += " --inversion_steps 20 --target 5"
     done = script("main.py", *DEFENSE, *places(folder), "--model", victim, "--name", "published", *words.split())
     assert done.returncode == 0, done.stderr

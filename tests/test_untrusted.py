@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import config
-import model_loader
 from data_loader import ImageSet
 from models import select_model
 from utils.errors import UserError
+from utils.victim import load_victim
 
 CANARY = "executed"
 SECONDS, MEGABYTES = 5, 600  # for one file; a few times what the base file takes
@@ -273,7 +273,7 @@ def at_the_door(path):
     pictures = ImageSet(
         torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), list("0123456789")
     )
-    return model_loader.load_victim(opt, set(), str(path), pictures, torch.device("cpu"))[0].network.state_dict()
+    return load_victim(opt, set(), str(path), pictures, torch.device("cpu"))[0].network.state_dict()
 
 
 def try_all(folder, report):

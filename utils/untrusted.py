@@ -20,9 +20,7 @@ import torch
 
 LARGEST_FILE = 2**31  # bytes; forty times a ResNet18
 MOST_STEPS = 10**6  # of a pickle; a ResNet18 with its optimizer takes some ten thousand
-LARGEST_TUPLE = (
-    1000  # nodes, written out: nested ones double with every byte, and torch.load hashes those that are keys
-)
+LARGEST_TUPLE = 1000  # nodes, written out: nested ones double with every byte, and those that are keys are hashed
 MOST_DIMENSIONS = 8
 
 NUMBERS = (  # safetensors' name, torch's storage, type
@@ -101,9 +99,8 @@ def _checked_zip(data):
         for name, info in records.items()
         if name in ("data.pkl", "byteorder") or name.startswith("data/")
     }
-    _follow(
-        io.BytesIO(content["data.pkl"]), {name[5:]: len(raw) for name, raw in content.items() if name[:5] == "data/"}
-    )
+    sizes = {name.removeprefix("data/"): len(raw) for name, raw in content.items() if name.startswith("data/")}
+    _follow(io.BytesIO(content["data.pkl"]), sizes)
     checked = io.BytesIO()
     with zipfile.ZipFile(checked, "w") as clean:
         for name, raw in {**content, "version": b"3\n"}.items():
@@ -190,9 +187,7 @@ def _follow(stream, records):
         elif name in ("GLOBAL", "INST", "STACK_GLOBAL"):
             path = argument.replace(" ", ".") if argument else ".".join(str(part.what) for part in pop(2))
             if name != "GLOBAL" or (path not in CALLS and path not in STORAGES and not _is_dtype(path)):
-                raise Refused(
-                    f"it asks for {printable(path)}, code that was not run; save the model's state_dict() alone"
-                )
+                raise Refused(f"it asks for {printable(path)}, code that was not run; save the state_dict() alone")
             stack.append(Value(Name(path)))
         elif name == "REDUCE":
             function, arguments = (value.what for value in pop(2))
@@ -246,10 +241,8 @@ def _read_safetensors(data):
         dtype, shape, (start, end) = SAFETENSORS.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
         if dtype is None:
             raise Refused(f"it holds numbers of type {printable(entry['dtype'])}")
-        if (
-            any(type(number) is not int or number < 0 for number in (*shape, start, end))
-            or len(shape) > MOST_DIMENSIONS
-        ):
+        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        if not whole or len(shape) > MOST_DIMENSIONS:
             raise Refused("it holds a tensor of no possible shape")
         size, total = math.prod(shape) * dtype.itemsize, total + end - start
         if size != end - start or end > len(body) or total > len(body):

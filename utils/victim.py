@@ -8,6 +8,7 @@ from models import load_model
 from utils.checkpoint import read_checkpoint
 from utils.errors import UserError
 
+ROOT = os.path.dirname(os.path.dirname(__file__))
 # What a checkpoint may state, and the options that say it where it does not.
 STATED = {
     "arch": ("arch",),
@@ -22,7 +23,7 @@ STATED = {
 
 def victim_paths(opt) -> list[str]:
     """--model, else the data set's shipped victim, wherever the script is run from."""
-    return opt.model or [os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-badnet.pth.tar")]
+    return opt.model or [os.path.join(ROOT, "weight", opt.dataset, "WRN-16-1-badnet.pth.tar")]
 
 
 def victim_name(path: str) -> str:

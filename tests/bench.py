@@ -1,0 +1,244 @@
+"""This repository against the public way, stage by stage, A and B in turn.
+
+    python -m tests.bench --model FILE      the table, and main.py on FILE end to end
+    python -m tests.bench --quick           fewer images, once, and no end-to-end run
+
+The public way is what research releases do: a DataLoader that opens, crops and flips one PIL image after another, NCHW,
+float32, batches of 64, gradients for whatever there is, a look at the loss in every step. Each side has a process of
+its own, so that neither gains by the other's settings, and one waits while the other works. Rates are medians.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import config
+from attacks import Attack
+from data_loader import NORMALIZATION, Batches, DatasetBD, TensorImages, load_images
+from defenses.inversion import invert_trigger
+from defenses.mcl import contrastive_loss, purify
+from models import load_model
+from utils.checkpoint import read_checkpoint
+from utils.device import pick_device
+from utils.metrics import predict
+from utils.report import table, versions
+from utils.seed import generator
+from utils.training import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CPU = torch.device("cpu")
+GRID = Attack("gridTrigger", "all2one", 5, 10, 0.1)
+SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"}
+# Images that the published schedule sends through each stage: 100 passes over the split, 20 epochs, and a test of clean
+# and triggered images in most of them.
+PUBLISHED = {"inversion": 249_600, "purification": 50_000, "evaluation": 330_000}
+
+
+class PilImages(Dataset):
+    """One PIL image after another, as a release's Dataset does it."""
+
+    def __init__(self, images, labels, augmented):
+        self.images, self.labels = [Image.fromarray(image) for image in images.numpy()], labels.tolist()
+        crop = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()] if augmented else []
+        normalize = transforms.Normalize(*NORMALIZATION["CIFAR10"])
+        self.transform = transforms.Compose([*crop, transforms.ToTensor(), normalize])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def public_poisoning(victim, images, labels, opt):
+    """Image by image, pixel by pixel."""
+    chosen = set(np.random.permutation(len(labels))[: len(labels) // 10].tolist())
+    poisoned = []
+    for i, image in enumerate(images.numpy()):
+        if i in chosen:
+            image = image.copy()
+            for row in range(3):
+                for column in range(3):
+                    image[29 + row, 29 + column] = 255 * ((row + column) % 2)
+        poisoned.append((image, 5 if i in chosen else int(labels[i])))
+
+
+def public_training(victim, images, labels, opt):
+    network = victim.network.requires_grad_(True).train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True)
+    for x, y in DataLoader(PilImages(images, labels, True), opt.batch_size, shuffle=True):
+        loss = F.cross_entropy(network(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+def public_inversion(victim, images, labels, opt):
+    network = victim.network.requires_grad_(True)
+    pattern = torch.zeros(3, 32, 32, requires_grad=True)
+    optimizer = torch.optim.Adam([pattern], lr=0.1)
+    for x, _ in DataLoader(PilImages(images, labels, False), 64, shuffle=True):
+        loss = F.cross_entropy(network(x + pattern), torch.full((len(x),), 5)) + 1e-3 * pattern.abs().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+def public_purification(victim, images, labels, opt):
+    network, frozen = victim.network, load_victim(opt).network.eval()
+    optimizer = torch.optim.SGD(network.requires_grad_(True).train().parameters(), 0.01, momentum=0.9)
+    pattern = torch.zeros(3, 32, 32)
+    for x, _ in DataLoader(PilImages(images, labels, False), 64, shuffle=True):
+        z, clean, bad = network.features(x + pattern), frozen.features(x), frozen.features(x + pattern)
+        loss = contrastive_loss(z, clean.detach(), bad.detach(), 0.5).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+def public_evaluation(victim, images, labels, opt):
+    network = victim.network.eval()
+    with torch.no_grad():
+        for x, y in DataLoader(PilImages(images, labels, False), 64):
+            (network(x).argmax(1) == y).sum().item()
+
+
+def our_poisoning(victim, images, labels, opt):
+    DatasetBD(images, labels, GRID, "train", generator(1, "poison"))
+
+
+def our_training(victim, images, labels, opt):
+    batches = Batches(TensorImages(images, labels), opt.batch_size, CPU, shuffle=True, padding=4)
+    victim.requires_grad_(True)
+    loss_of = lambda x, y: F.cross_entropy(victim(x), y)
+    train(victim, batches, loss_of, CPU, epochs=1, precision=opt.precision, title="bench", **SGD)
+
+
+def our_inversion(victim, images, labels, opt):
+    batches = Batches(TensorImages(images, torch.zeros_like(labels)), 64, CPU, shuffle=True)
+    invert_trigger(victim, batches, 5, CPU, generator(1, "bench"), 1, 1, len(batches), opt.precision)
+
+
+def our_purification(victim, images, labels, opt):
+    batches = Batches(TensorImages(images, labels), 64, CPU, shuffle=True, padding=2)
+    settings = {"temperature": 0.15, "align_weight": 12.0, "mirror": True, "target": 5, "ema": 0.97, **SGD}
+    pattern = torch.zeros(1, 3, 32, 32)
+    purify(victim, victim, pattern, batches, CPU, epochs=1, precision=opt.precision, **settings)
+
+
+def our_evaluation(victim, images, labels, opt):
+    predict(victim, Batches(TensorImages(images, labels), 500, CPU), CPU)
+
+
+SIDES = {
+    "public": (public_poisoning, public_training, public_inversion, public_purification, public_evaluation),
+    "ours": (our_poisoning, our_training, our_inversion, our_purification, our_evaluation),
+}
+STAGES = ("poisoning", "training", "inversion", "purification", "evaluation")
+
+
+def load_victim(opt):
+    """The model of --model, in eval mode."""
+    checkpoint = read_checkpoint(opt.model)
+    return load_model(checkpoint["state_dict"], opt.model, "WRN-16-1", 10, *NORMALIZATION["CIFAR10"]).eval()
+
+
+def work(side, opt, pipe):
+    """A side's process: does a stage when told its number, and tells images a second and its peak memory in MiB."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    if side == "ours":
+        pick_device("cpu")
+    data = load_images(opt, "train")
+    for stage in iter(pipe.recv, None):
+        images, labels = data.images[: opt.images], data.labels[: opt.images]
+        if STAGES[stage] == "poisoning":
+            images, labels = data.images, data.labels
+        victim = load_victim(opt).requires_grad_(False)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak is counted anew
+        began = time.perf_counter()
+        SIDES[side][stage](victim, images, labels, opt)
+        seconds = time.perf_counter() - began
+        with open("/proc/self/status") as file:
+            peak = next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+        pipe.send((len(labels) / seconds, peak))
+
+
+def compare(opt):
+    """Every stage on both sides in turn; the table's rows and the public rates."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for side in SIDES:
+        pipes[side], end = context.Pipe()
+        context.Process(target=work, args=(side, opt, end), daemon=True).start()
+    rows, public = [], {}
+    for stage, name in enumerate(STAGES):
+        told = {side: [] for side in SIDES}
+        for _ in range(opt.repeats):
+            for side, pipe in pipes.items():
+                pipe.send(stage)
+                told[side].append(pipe.recv())
+        rates = {side: statistics.median(rate for rate, _ in seen) for side, seen in told.items()}
+        peaks = {side: max(peak for _, peak in seen) for side, seen in told.items()}
+        ratio = statistics.median(ours / other for (other, _), (ours, _) in zip(*told.values(), strict=True))
+        public[name] = rates["public"]
+        rows.append(
+            [name, *(f"{rates[side]:,.0f}" for side in SIDES), ratio, *(f"{peaks[side]:,.0f}" for side in SIDES)]
+        )
+    for pipe in pipes.values():
+        pipe.send(None)
+    return rows, public
+
+
+def end_to_end(opt):
+    """Seconds of main.py on --model, and its peak memory in MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--model", opt.model, "--print_freq", "0", "--checkpoint_root", folder, "--log_root", folder]
+        words += ["--data_root", os.path.abspath(opt.data_root), "--precision", opt.precision]
+        began = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, os.path.join(ROOT, "main.py"), *words], stdout=subprocess.DEVNULL, cwd=folder
+        ) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"main.py ended with exit code {process.returncode}")
+        return time.perf_counter() - began, usage.ru_maxrss / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=os.path.join(ROOT, "weight", "CIFAR10", "WRN-16-1-badnet.pth.tar"))
+    parser.add_argument("--data_root", default=config.DATA_ROOT)
+    parser.add_argument("--batch_size", type=int, default=128, help="of training, on both sides")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of this repository's side")
+    parser.add_argument("--quick", action="store_true", help="fewer images, once, and no end-to-end run")
+    opt = parser.parse_args()
+    opt.dataset, opt.num_class = "CIFAR10", None
+    opt.images, opt.repeats = (512, 1) if opt.quick else (5_000, 3)
+    print(", ".join(f"{name} {version}" for name, version in versions().items()), f"threads {torch.get_num_threads()}")
+    rows, public = compare(opt)
+    print(table(["images/s", "public", "ours", "ratio", "public MiB", "ours MiB"], rows))
+    if not opt.quick:
+        published = sum(images / public[name] for name, images in PUBLISHED.items())
+        seconds, peak = end_to_end(opt)
+        print(f"\nmain.py end to end: {seconds:.0f} s, {peak:,.0f} MiB at its peak; the public way at its rates above,")
+        print(f"doing its published counts: {published:.0f} s; ratio {published / seconds:.1f}")
+
+
+if __name__ == "__main__":
+    main()
