@@ -20,7 +20,7 @@ import torch
 import config
 from data_loader import get_clean_split, get_eval_set, load_images
 from defenses import mcl
-from main import make_teacher, make_trigger, settings_of
+from defenses.pipeline import make_teacher, make_trigger, settings_of
 from utils.device import pick_device
 from utils.errors import run_script
 from utils.files import write_csv, write_file

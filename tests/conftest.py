@@ -1,6 +1,7 @@
 """What several tests share: the repository on the path, real CIFAR-10 where it is, and small stand-ins."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,5 +37,23 @@ def script():
         words = words if words[0] == "-m" else (ROOT / words[0], *words[1:])
         command = [sys.executable, *map(str, words)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def interrupted():
+    """Run a script until a line of its output holds `when`, press Ctrl-C; returns its exit code and its stderr."""
+
+    def run(*words, when, cwd=ROOT):
+        command = [sys.executable, "-u", str(ROOT / words[0]), *map(str, words[1:])]
+        # A shell that runs the tests in the background has told them to ignore Ctrl-C, which a child would inherit.
+        usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGINT, usual)
+        assert any(when in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+        return process.returncode, told
 
     return run

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -219,14 +218,9 @@ def test_a_loss_that_is_no_number_from_the_start_keeps_nothing_and_says_so(start
     assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-u", str(ROOT / "train_badnet.py"), *WORDS]
-    # A shell that runs the tests in the background has told them to ignore Ctrl-C, which a child would inherit.
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, usual)
-    assert "poisoned" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert told == f"error: stopped; go on with: python {ROOT / 'train_badnet.py'} {' '.join(WORDS)} --resume\n"
+def test_ctrl_c_says_how_to_go_on(tmp_path, interrupted):
+    command = f"python {ROOT / 'train_badnet.py'} {' '.join(WORDS)} --resume"
+    assert interrupted("train_badnet.py", *WORDS, when="poisoned", cwd=tmp_path) == (
+        130,
+        f"error: stopped; go on with: {command}\n",
+    )

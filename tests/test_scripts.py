@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import shlex
 
 import pytest
 import torch
+from conftest import ROOT
 
 from defenses import DEFENSES
 
@@ -29,6 +31,12 @@ def places(folder):
 
 def metrics_of(folder, name):
     return json.loads((folder / "results" / name / "metrics.json").read_text())
+
+
+def without_seconds(folder, name):
+    """The rows of a comparison, but for the one figure that no two runs share."""
+    with open(folder / "results" / name / "comparison.csv") as file:
+        return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="session")
@@ -149,9 +157,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(script, folder, victim):
     words += ("--epochs", 1, "--finetune_epochs", 1, "--inversion_rounds", 1, "--print_freq", 0)
     done = script("main.py", *words)
     assert done.returncode == 0, done.stderr
-    results = folder / "results" / "table"
-    with open(results / "comparison.csv") as file:
-        rows = list(csv.DictReader(file))
+    results, rows = folder / "results" / "table", without_seconds(folder, "table")
     assert [row["defense"] for row in rows] == list(DEFENSES)
     assert {"comparison.md", "comparison.png"} <= set(os.listdir(results))
     (results / "victim-nad" / "metrics.json").unlink()
@@ -159,9 +165,19 @@ def test_a_comparison_goes_on_where_it_was_stopped(script, folder, victim):
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("(finished before)") == len(DEFENSES) - 1
     assert "victim, nad\n" in again.stdout
-    with open(results / "comparison.csv") as file:
-        others = list(csv.DictReader(file))
-    assert [{**row, "seconds": ""} for row in rows] == [{**row, "seconds": ""} for row in others]
+    assert without_seconds(folder, "table") == rows
+
+
+def test_a_comparison_interrupted_and_resumed_ends_as_one_left_alone(script, folder, victim, clean, interrupted):
+    words = [*DEFENSE, *places(folder), "--model", victim, clean[-1], "--defense", "ft", "--epochs", 2, "--name"]
+    assert script("main.py", *words, "alone").returncode == 0
+    exit_code, told = interrupted("main.py", *words, "stopped", when="clean, ft")
+    command = shlex.join(["python", str(ROOT / "main.py"), *map(str, words), "stopped", "--resume"])
+    assert (exit_code, told) == (130, f"error: stopped; the runs that ended are kept; go on with: {command}\n")
+    again = script("main.py", *words, "stopped", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("(finished before)") == 1
+    assert without_seconds(folder, "stopped") == without_seconds(folder, "alone")
 
 
 def test_the_published_recipe_is_reachable(script, folder, victim):

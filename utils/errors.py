@@ -20,14 +20,15 @@ def run_script(main, stopped: str = "files written so far are whole"):
     """Call `main` and leave with its exit code, telling an error of the kinds above in one line on stderr.
 
     Args:
-        stopped: what to say when the user interrupts it: what is left, and how to go on.
+        stopped: what to say when the user interrupts it: what is left, and how to go on; a KeyboardInterrupt that says
+            it itself goes before.
     """
     try:
         main()
     except (UserError, RunError) as error:
         sys.exit(_told(error, error.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(_told(f"stopped; {stopped}", 130))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(_told(f"stopped; {str(interrupt) or stopped}", 130))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
