@@ -20,6 +20,7 @@ FEW = 16  # images of a batch in an update: more updates for the same number of 
 SETTLED = 0.4  # share of the steps, at the end, whose patterns are what the search says
 SUSPECT = -2.0  # a label with an index below it is flagged, if its pattern works
 TO_SIGMA = 1.4826  # times the median absolute deviation: the standard deviation of a normal distribution
+LEAST_SPREAD = 0.1  # of the median: labels whose sizes happen to be almost alike make no outlier of the next one
 # Patterns stamped on images at a time: one keeps to a processor's cache (ten at once took three times as long), many
 # fill a GPU, and all those of a model of many classes would not fit into memory.
 AT_ONCE = {"cpu": 1, "cuda": 32}
@@ -52,10 +53,13 @@ class Found:
 def anomaly_indices(sizes: torch.Tensor) -> torch.Tensor:
     """(s - median) / (1.4826 MAD) of (K,) sizes: Neural Cleanse's anomaly index (section IV-B), with its sign.
 
-    Above 2 and below the median there is below -2 here.
+    Above 2 and below the median there is below -2 here. The deviation is taken as a tenth of the median at least, so
+    that a flagged label's pattern is a fifth smaller than the median's or more.
     """
-    distance = sizes - sizes.quantile(0.5)
-    return distance / (TO_SIGMA * distance.abs().quantile(0.5)).clamp(min=1e-6)
+    median = sizes.quantile(0.5)
+    distance = sizes - median
+    spread = (TO_SIGMA * distance.abs().quantile(0.5)).clamp(min=LEAST_SPREAD * median.item())
+    return distance / spread.clamp(min=1e-6)
 
 
 def search_target(victim, batches, num_class, device, rng, steps=STEPS, precision="fp32") -> list[Found]:

@@ -15,8 +15,12 @@ def test_index_by_hand():
     )
 
 
-def test_sizes_that_are_all_alike_have_no_outlier():
+def test_sizes_that_are_almost_alike_have_no_outlier():
     assert anomaly_indices(torch.full((4,), 3.0)).tolist() == [0.0] * 4
+    # median 10, of which a tenth is the least deviation
+    assert anomaly_indices(torch.tensor([10.0, 10.0, 9.0, 10.1, 2.0])).tolist() == pytest.approx(
+        [0, 0, -1, 0.1, -8], abs=1e-5
+    )
 
 
 def test_a_label_is_flagged_by_a_small_pattern_that_works():
