@@ -13,12 +13,13 @@ with all of it; comparison.csv, .md and .png of a comparison).
 import os
 
 import config
-from data_loader import get_clean_split, get_eval_set, load_images
-from defenses import DEFENSES
-from defenses.detection import search_target
-from defenses.pipeline import choose_target, defend
+from attacks import Attack
+from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images
+from defenses import DEFENSES, Case
+from defenses.detection import choose_label, search_target
+from models import load_model
 from utils.board import open_board
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.comparison import comparison_row, comparison_text, write_comparison
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
@@ -26,10 +27,12 @@ from utils.files import check_folder, digest_file, write_csv, write_json
 from utils.metrics import evaluate, watcher
 from utils.page import write_page
 from utils.plots import draw_run, spread
-from utils.report import Stopwatch, figures_table, published_table, run_facts
+from utils.report import Stopwatch, figures_table, published_table, run_facts, search_table
 from utils.resume import finished_run, resume_command
 from utils.seed import generator
-from utils.victim import load_victim, victim_name, victim_paths
+
+# Options of a defense that are used up before it begins: to find the target, and to make the batches.
+SPENT = {"target", "force", "batch_size", "augment"}
 
 
 def main():
@@ -95,14 +98,19 @@ def run(opt, given, name) -> dict:
         with clock("detect"):
             rng = generator(opt.seed, "search")
             searched = search_target(victim, split.search, attack.num_class, device, rng, precision=opt.precision)
-        target = choose_target(searched, opt.force)
+        print(search_table([found.facts() for found in searched]))
+        target, told = choose_label(searched, opt.force)
+        print(told)
     if opt.defense != "none" and not (searched and target is None):
         told = "" if target is None else f"; target {target}"
         print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images{told}")
         watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq, log)
         with clock("evaluate"):
             curves = [{"epoch": 0, **watch(victim, 0)}]
-        models["after"], history, trigger = defend(opt, victim, split, target, watch, device, clock)
+        mirrored = opt.augment == "crop_flip"
+        case = Case(victim, split.training, split.plain, mirrored, device, opt.seed, clock, target, watch)
+        settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in SPENT}
+        models["after"], history, trigger = DEFENSES[opt.defense](case, precision=opt.precision, **settings)
         with clock("evaluate"):
             figures["after"] = evaluate(models["after"], test, attack, device)
         save_checkpoint(purified, models["after"], **facts, metrics=figures["after"])
@@ -132,6 +140,49 @@ def run(opt, given, name) -> dict:
     write_json(os.path.join(results, "metrics.json"), metrics)  # last: a run that has it has all
     print(f"\nreport: {os.path.join(results, 'report.html')}")
     return metrics
+
+
+# What a checkpoint may state, and the options that say it where it does not.
+STATED = {
+    "arch": ("arch",),
+    "num_class": ("num_class",),
+    "normalization": ("normalize",),
+    "attack": (
+        *("trigger_type", "target_type", "target_label"),
+        *("trig_w", "trig_h", "opacity", "trigger_image", "delta", "warp"),
+    ),
+}
+
+
+def victim_paths(opt) -> list[str]:
+    """--model, else the data set's shipped victim, wherever the script is run from."""
+    return opt.model or [os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-badnet.pth.tar")]
+
+
+def victim_name(path: str) -> str:
+    """What a run calls the model in a file: the file's name without its endings."""
+    return os.path.basename(path).split(".")[0]
+
+
+def load_victim(opt, given, path, test_set, device):
+    """f_B, frozen, with its attack and the facts to save beside purified weights, from the file or else the options."""
+    checkpoint = read_checkpoint(path)
+    for key, options in STATED.items():
+        for name in given.intersection(options):
+            if key in checkpoint:
+                stated = Attack.restore(checkpoint[key]).describe() if key == "attack" else checkpoint[key]
+                raise UserError(f"{path} states its {key}, {stated}; leave out --{name}")
+    arch, classes = checkpoint.get("arch", opt.arch), len(test_set.classes)
+    num_class = checkpoint.get("num_class", opt.num_class or classes)
+    if num_class < classes:
+        raise UserError(f"{opt.dataset} has {classes} classes, the model {num_class}")
+    normalization = checkpoint.get("normalization") or get_normalization(opt)
+    stated = checkpoint.get("attack")
+    attack = Attack.restore(stated, num_class, test_set.images[:1]) if stated is not None else None
+    attack = attack or get_attack(opt, num_class, test_set.size)
+    victim = load_model(checkpoint["state_dict"], path, arch, num_class, *normalization)
+    facts = {"arch": arch, "num_class": num_class, "dataset": opt.dataset, "normalization": normalization}
+    return victim.to(device).eval().requires_grad_(False), attack, {**facts, "attack": attack.state()}
 
 
 if __name__ == "__main__":

@@ -128,3 +128,20 @@ def _turned(victim, images, labels, patterns, targets):
     losses = F.cross_entropy(logits, wanted, reduction="none").view_as(counted)
     hits = ((logits.argmax(1) == wanted).view_as(counted) * counted).sum(1)
     return hits, ((losses * counted).sum(1) / counted.sum(1).clamp(min=1)).sum()
+
+
+def choose_label(searched: list[Found], force: bool) -> tuple[int | None, str]:
+    """The label to work against, and why, in a sentence.
+
+    The flagged one with the smallest pattern; where none is flagged, None, or if forced that of the lowest index.
+    """
+    lowest = min(searched, key=lambda found: found.index).label
+    flagged = sorted((found for found in searched if found.flagged), key=lambda found: found.index)
+    if flagged:
+        labels = ", ".join(str(found.label) for found in flagged)
+        several = f"; {flagged[0].label} has the smallest pattern and is worked against" * (len(flagged) > 1)
+        return flagged[0].label, f"a backdoor to label {labels} is suspected{several}"
+    left = f"--force: label {lowest} is worked against" if force else "the model is left as it is"
+    return lowest if force else None, (
+        f"no backdoor was found: no label's pattern is far smaller than the others'; {left}"
+    )

@@ -6,6 +6,8 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from defenses.case import Purified
+from utils.seed import generator
 from utils.training import descend, train
 
 
@@ -17,23 +19,18 @@ def draw_head(head, rng: torch.Generator) -> None:
             part.copy_((2 * torch.rand(part.shape, generator=rng) - 1) * bound)
 
 
-def tune(victim, batches, device, *, alpha, rng, **training):
+def defend(case, *, alpha, **training) -> Purified:
     """Train a copy of the victim with a fresh last layer w: CE + alpha <w, w_victim>, with ||w|| = ||w_victim||
     (equation 2).
 
     Args:
-        victim: f_B, frozen.
-        batches: (images (B, 3, H, W) in [0, 1], labels (B,)) of the clean split.
+        case: a defenses.case.Case.
         alpha: weight of the product of the two last layers' weights; published: 0.1 to 0.2.
-        rng: where the fresh layer comes from.
         training: what utils.training.train takes.
-
-    Returns:
-        the student, in eval mode, and the history of its training.
     """
-    student = copy.deepcopy(victim).requires_grad_(True)
-    draw_head(student.head, rng)
-    weight, original = student.head.weight, victim.head.weight
+    student = copy.deepcopy(case.victim).requires_grad_(True)
+    draw_head(student.head, generator(case.seed, "fst"))
+    weight, original = student.head.weight, case.victim.head.weight
 
     def scale_back():
         with torch.no_grad():
@@ -48,5 +45,7 @@ def tune(victim, batches, device, *, alpha, rng, **training):
         return F.cross_entropy(student(images), labels) + alpha * (weight * original).sum()
 
     scale_back()
-    history = train(student, batches, loss_of, device, title="fst", update=update, **training)
-    return student.eval(), history
+    with case.clock("purify"):
+        given = {"title": "fst", "watch": case.watch, "update": update}
+        history = train(student, case.training, loss_of, case.device, **given, **training)
+    return Purified(student.eval(), history)

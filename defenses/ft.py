@@ -4,6 +4,7 @@ import copy
 
 import torch.nn.functional as F
 
+from defenses.case import Purified
 from utils.training import train
 
 
@@ -30,6 +31,7 @@ def finetune(victim, batches, device, *, title="ft", **training):
     return student.eval(), history
 
 
-def make_teacher(victim, batches, device, **training):
-    """The fine-tuned victim, frozen: NAD's teacher."""
-    return finetune(victim, batches, device, title="teacher", **training)[0].requires_grad_(False)
+def defend(case, **training) -> Purified:
+    """`finetune` for a defenses.case.Case."""
+    with case.clock("purify"):
+        return Purified(*finetune(case.victim, case.training, case.device, watch=case.watch, **training))

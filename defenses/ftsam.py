@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from defenses.case import Purified
 from utils.training import train
 
 SMOOTHING = 0.1  # of the labels
@@ -34,19 +35,15 @@ def still_statistics(model):
         layer.momentum = momentum
 
 
-def tune(victim, batches, device, *, rho, **training):
+def defend(case, *, rho, **training) -> Purified:
     """Train a copy of the victim on the clean split: each step takes the gradient at the sharpest point nearby.
 
     Args:
-        victim: f_B, frozen.
-        batches: (images (B, 3, H, W) in [0, 1], labels (B,)) of the clean split.
+        case: a defenses.case.Case.
         rho: radius of the search for that point, relative to the weights; above 0.
         training: what utils.training.train takes.
-
-    Returns:
-        the student, in eval mode, and the history of its training.
     """
-    student = copy.deepcopy(victim).requires_grad_(True)
+    student = copy.deepcopy(case.victim).requires_grad_(True)
     weights = list(student.parameters())
 
     def update(optimizer, loss_of):
@@ -68,5 +65,7 @@ def tune(victim, batches, device, *, rho, **training):
     def loss_of(images, labels):
         return F.cross_entropy(student(images), labels, label_smoothing=SMOOTHING)
 
-    history = train(student, batches, loss_of, device, title="ftsam", update=update, **training)
-    return student.eval(), history
+    with case.clock("purify"):
+        given = {"title": "ftsam", "watch": case.watch, "update": update}
+        history = train(student, case.training, loss_of, case.device, **given, **training)
+    return Purified(student.eval(), history)

@@ -10,6 +10,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from defenses.case import Purified
 from utils.device import autocast
 from utils.report import progress_bar
 from utils.training import end_epoch
@@ -63,26 +64,21 @@ def worst_perturbation(model, batches, device, precision) -> torch.Tensor:
     return perturbation * (RADIUS / perturbation.norm().clamp(min=RADIUS))
 
 
-def unlearn(victim, batches, device, *, epochs, lr, precision, watch=None):
+def defend(case, *, epochs, lr, precision) -> Purified:
     """Unlearn on a copy of the victim, with Adam; batch norm keeps the victim's statistics.
 
     Args:
-        victim: f_B, frozen.
-        batches: (images (B, 3, H, W) in [0, 1], labels (B,)) of the clean split.
+        case: a defenses.case.Case.
         epochs: rounds, each a pass for d and a pass for the model.
         lr: of Adam.
-        watch: as in utils.training.train.
-
-    Returns:
-        the student, in eval mode, and a row a round, as utils.training.train has it.
 
     Raises:
         RunError: the loss or the weights are no longer finite.
     """
-    student = copy.deepcopy(victim).requires_grad_(True).eval()
+    student, batches, device = copy.deepcopy(case.victim).requires_grad_(True).eval(), case.training, case.device
     weights, history = list(student.parameters()), []
     optimizer = torch.optim.Adam(weights, lr)
-    with progress_bar("ibau", epochs * len(batches), "batch") as bar:
+    with case.clock("purify"), progress_bar("ibau", epochs * len(batches), "batch") as bar:
         for epoch in range(1, epochs + 1):
             start, total = time.perf_counter(), torch.zeros((), device=device)
             perturbation = worst_perturbation(student, batches, device, precision)
@@ -109,8 +105,8 @@ def unlearn(victim, batches, device, *, epochs, lr, precision, watch=None):
                 bar.update()
             row = {"epoch": epoch, "lr": lr, "loss": total.item() / len(batches)}
             row["seconds"] = time.perf_counter() - start
-            history.append(end_epoch(row, student, student, epochs, "ibau", watch, bar))
-    return student.eval(), history
+            history.append(end_epoch(row, student, student, epochs, "ibau", case.watch, bar))
+    return Purified(student, history)
 
 
 def _inner(model, images, labels, perturbation):

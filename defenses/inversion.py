@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from utils.device import autocast
+from utils.errors import RunError
 from utils.report import progress_bar
+from utils.seed import generator
 
 HIT_RATE = 0.9  # a pattern counts from this share of images predicted as the target
 PATIENCE = 0.1  # share of the steps, in a row above or below it, after which the weight of the size moves
@@ -85,6 +87,24 @@ def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_
                 break
             start, weight = noise_around((found or best).pattern.cpu(), rng), LATER_WEIGHT
     return best
+
+
+def find_trigger(case, rounds, steps, batches_per_step, precision) -> Trigger:
+    """`invert_trigger` for a defenses.case.Case, told and timed.
+
+    Raises:
+        RunError: there is no such pattern.
+    """
+    with case.clock("inversion"):
+        rng, budget = generator(case.seed, "inversion"), (rounds, steps, batches_per_step)
+        trigger = invert_trigger(case.victim, case.plain, case.target, case.device, rng, *budget, precision)
+    if trigger is None:
+        raise RunError(
+            f"no pixel pattern turns {HIT_RATE:.0%} of the clean images into label {case.target}: it has no backdoor "
+            f"that a pattern expresses, or --inversion_steps {steps} is too few; nothing was purified"
+        )
+    print(f"inverted trigger: {trigger.pixels} pixels, L1 {trigger.l1:.1f}, hit rate {trigger.hit_rate:.1%}")
+    return trigger
 
 
 def noise_around(pattern, rng):

@@ -16,8 +16,68 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from defenses.inversion import moved_patterns, stamp
+from defenses.case import Purified
+from defenses.inversion import find_trigger, moved_patterns, stamp
 from utils.training import train
+
+
+def defend(
+    case,
+    *,
+    positive,
+    finetune_epochs,
+    finetune_lr,
+    inversion_rounds,
+    inversion_steps,
+    inversion_batches,
+    contrast,
+    temperature,
+    align_weight,
+    epochs,
+    lr,
+    **sgd,
+) -> Purified:
+    """The paper's steps: f_F, the inverted trigger, the student.
+
+    Args:
+        case: a defenses.case.Case.
+        positive: whose clean features are z+: "finetuned", f_F's, or "backdoored", the victim's.
+        contrast: "others" leaves images of the target label out of it, "all" does not.
+        sgd: what fine-tuning and purification share of what utils.training.train takes.
+
+    Raises:
+        RunError: no pattern makes the victim say the target.
+    """
+    teacher = case.victim
+    if positive == "finetuned":
+        with case.clock("finetune"):
+            size = {"epochs": finetune_epochs, "lr": finetune_lr}
+            teacher = finetune(case.victim, case.training, case.device, mirror=case.mirrored, **size, **sgd)
+    trigger = find_trigger(case, inversion_rounds, inversion_steps, inversion_batches, sgd["precision"])
+    with case.clock("purify"):
+        student, history = purify(
+            case.victim,
+            teacher,
+            patterns_of(case, trigger),
+            case.training,
+            case.device,
+            temperature=temperature,
+            align_weight=align_weight,
+            mirror=case.mirrored,
+            target=case.target if contrast == "others" else None,
+            epochs=epochs,
+            lr=lr,
+            watch=case.watch,
+            **sgd,
+        )
+    return Purified(student, history, trigger)
+
+
+def patterns_of(case, trigger) -> torch.Tensor:
+    """The inverted trigger, (V, 3, H, W), moved as the training images are, where the victim answers to that."""
+    if not case.mirrored:
+        return trigger.pattern[None]
+    return moved_patterns(case.victim, trigger, case.plain, case.target)
 
 
 def contrastive_loss(anchor, positive, negative, temperature: float) -> torch.Tensor:
@@ -68,25 +128,6 @@ def finetune(victim, batches, device, *, mirror, **training):
 
     train(model, batches, loss_of, device, title="finetune", **training)
     return model.eval().requires_grad_(False)
-
-
-def defend(victim, batches, device, *, teacher, trigger, target, plain, mirror, contrast, **settings):
-    """The paper's third step with all that this repository adds to it.
-
-    Args:
-        victim: f_B. teacher: whose clean features are z+, f_F or f_B. batches: of the clean split.
-        trigger: the inverted one (defenses.inversion.Trigger), which makes the victim say `target`.
-        plain: batches of the clean split without crops and flips.
-        mirror: the training images are cropped and flipped, and so is the trigger, where the victim answers to it.
-        contrast: "others" leaves images of the target out of it, "all" does not.
-        settings: what `purify` takes.
-
-    Returns:
-        the student, in eval mode, and the history of its training.
-    """
-    patterns = moved_patterns(victim, trigger, plain, target) if mirror else trigger.pattern[None]
-    left_out = target if contrast == "others" else None
-    return purify(victim, teacher, patterns, batches, device, mirror=mirror, target=left_out, **settings)
 
 
 def purify(victim, positive, patterns, batches, device, *, temperature, align_weight, mirror, target, **training):

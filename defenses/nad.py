@@ -5,6 +5,8 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from defenses.case import Purified
+from defenses.ft import finetune
 from utils.training import train
 
 WEIGHTS = (500.0, 1000.0, 1000.0)  # b_l, of the outputs of the last three groups of blocks
@@ -20,6 +22,16 @@ def attention_loss(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> 
     """Sum over l of b_l times the mean squared difference of the attention maps of two lists of (B, C, h, w)."""
     pairs = zip(WEIGHTS, student, teacher, strict=True)
     return sum(weight * F.mse_loss(attention_map(own), attention_map(shown)) for weight, own, shown in pairs)
+
+
+def defend(case, *, finetune_epochs, finetune_lr, epochs, lr, **sgd) -> Purified:
+    """The paper's two steps: the teacher is the victim, fine-tuned, and the student learns its attention."""
+    given = case.victim, case.training, case.device
+    with case.clock("finetune"):
+        teacher, _ = finetune(*given, title="teacher", epochs=finetune_epochs, lr=finetune_lr, **sgd)
+    with case.clock("purify"):
+        teacher.requires_grad_(False)
+        return Purified(*distill(*given, teacher=teacher, watch=case.watch, epochs=epochs, lr=lr, **sgd))
 
 
 def distill(victim, batches, device, *, teacher, **training):

@@ -9,7 +9,8 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from defenses.inversion import stamp
+from defenses.case import Purified
+from defenses.inversion import find_trigger, stamp
 from utils.training import train
 
 STAMPED = 0.2  # share of the images that get the trigger
@@ -24,22 +25,22 @@ def stamp_share(images: torch.Tensor, trigger) -> torch.Tensor:
     return torch.cat([stamp(images[:count], trigger.pattern[None]), images[count:]])
 
 
-def unlearn(victim, batches, device, *, trigger, **training):
-    """Train a copy of the victim on images of which a fifth have the trigger, all with their true labels.
+def defend(case, *, inversion_rounds, inversion_steps, inversion_batches, **training) -> Purified:
+    """Train a copy of the victim on images of which a fifth have the inverted trigger, all with their true labels.
 
     Args:
-        victim: f_B, frozen.
-        batches: (images (B, 3, H, W) in [0, 1], labels (B,)) of the clean split.
-        trigger: the inverted one (defenses.inversion.Trigger).
+        case: a defenses.case.Case.
         training: what utils.training.train takes.
 
-    Returns:
-        the student, in eval mode, and the history of its training.
+    Raises:
+        RunError: no pattern makes the victim say the target.
     """
-    student = copy.deepcopy(victim).requires_grad_(True)
+    trigger = find_trigger(case, inversion_rounds, inversion_steps, inversion_batches, training["precision"])
+    student = copy.deepcopy(case.victim).requires_grad_(True)
 
     def loss_of(images, labels):
         return F.cross_entropy(student(stamp_share(images, trigger)), labels)
 
-    history = train(student, batches, loss_of, device, title="nc", **training)
-    return student.eval(), history
+    with case.clock("purify"):
+        history = train(student, case.training, loss_of, case.device, title="nc", watch=case.watch, **training)
+    return Purified(student.eval(), history, trigger)

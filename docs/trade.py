@@ -19,13 +19,15 @@ import torch
 
 import config
 from data_loader import get_clean_split, get_eval_set, load_images
-from defenses import mcl
-from defenses.pipeline import make_teacher, make_trigger, settings_of
+from defenses import Case
+from defenses.inversion import find_trigger
+from defenses.mcl import finetune, patterns_of, purify
+from main import load_victim, victim_paths
 from utils.device import pick_device
 from utils.errors import run_script
 from utils.files import write_csv, write_file
 from utils.metrics import evaluate
-from utils.victim import load_victim, victim_paths
+from utils.report import Stopwatch
 
 HELD_OUT = 6_000
 ALIGN_WEIGHTS = (3, 7, 12, 20)
@@ -33,6 +35,7 @@ PUBLISHED = (
     "--positive backdoored --contrast all --align_weight 0 --augment none --ema 0 --schedule steps "
     "--epochs 20 --temperature 0.5"
 )
+SGD = ("schedule", "momentum", "weight_decay", "precision", "ema")
 FOLDER = os.path.dirname(__file__)
 
 
@@ -42,9 +45,9 @@ def main():
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
     (path,) = victim_paths(opt)
     victim, attack, _ = load_victim(opt, given, path, test_set, device)
-    target, split = attack.target, get_clean_split(opt, train_set, attack, device)
+    target = attack.target
     others = torch.ones(len(train_set.labels), dtype=torch.bool)
-    others[split.index] = False
+    others[get_clean_split(opt, train_set, attack, device).index] = False
     held_out = others.nonzero()[:HELD_OUT, 0]
     sets = {
         "held-out": get_eval_set(train_set.images[held_out].flip(2), train_set.labels[held_out], attack, device),
@@ -59,20 +62,36 @@ def main():
             rows.append({"recipe": recipe, "seed": opt.seed, "images": images, **figures, "target_class": target_class})
             print(*(f"{value:.2f}" if isinstance(value, float) else value for value in rows[-1].values()), sep="  ")
 
-    def purified(opt, split, teacher):
-        found = {"teacher": teacher, "trigger": trigger, "target": target, "plain": split.plain}
-        mirror = opt.augment == "crop_flip"
-        return mcl.defend(victim, split.training, device, mirror=mirror, **found, **settings_of(opt))[0]
+    def case_of(opt):
+        split = get_clean_split(opt, train_set, attack, device)
+        return Case(
+            victim, split.training, split.plain, opt.augment == "crop_flip", device, opt.seed, Stopwatch(), target
+        )
+
+    def purified(opt, case, positive):
+        settings = chosen(opt, "temperature", "align_weight", "epochs", "lr", *SGD)
+        left_out = target if opt.contrast == "others" else None
+        patterns = patterns_of(case, trigger)
+        return purify(
+            victim, positive, patterns, case.training, device, mirror=case.mirrored, target=left_out, **settings
+        )[0]
 
     measure(victim, "victim")
-    teacher, trigger = make_teacher(opt, victim, split, device), make_trigger(opt, victim, split, target, device)
+    case, size = case_of(opt), {"epochs": opt.finetune_epochs, "lr": opt.finetune_lr}
+    positive = finetune(victim, case.training, device, mirror=case.mirrored, **size, **chosen(opt, *SGD))
+    trigger = find_trigger(case, opt.inversion_rounds, opt.inversion_steps, opt.inversion_batches, opt.precision)
     for weight in ALIGN_WEIGHTS:
         opt.align_weight = weight
-        measure(purified(opt, split, teacher), f"{weight:g}")
+        measure(purified(opt, case, positive), f"{weight:g}")
     opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
-    measure(purified(opt, get_clean_split(opt, train_set, attack, device), victim), "published recipe")
+    measure(purified(opt, case_of(opt), victim), "published recipe")
     write_csv(os.path.join(FOLDER, "trade.csv"), rows)
     draw(rows, os.path.join(FOLDER, "trade.png"))
+
+
+def chosen(opt, *names):
+    """These options, by name."""
+    return {name: getattr(opt, name) for name in names}
 
 
 def draw(rows, path):

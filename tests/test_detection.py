@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from defenses.detection import Found, anomaly_indices, search_target
+from defenses.detection import Found, anomaly_indices, choose_label, search_target
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,18 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works():
     assert Found(3, 1.0, 0.5, -9.0).facts() == {
         "label": 3, "size": 1.0, "hit_rate": 50.0, "index": -9.0, "flagged": False,
     }  # fmt: skip
+
+
+def test_which_label_is_worked_against():
+    ordinary, suspect, worse = Found(0, 9.0, 1.0, -0.5), Found(1, 3.0, 1.0, -3.0), Found(2, 1.0, 1.0, -5.0)
+    unproven = Found(3, 0.5, 0.2, -9.0)
+    assert choose_label([ordinary, suspect], False) == (1, "a backdoor to label 1 is suspected")
+    label, told = choose_label([ordinary, suspect, worse, unproven], False)
+    assert (label, told[:37]) == (2, "a backdoor to label 2, 1 is suspected")
+    label, told = choose_label([ordinary], False)
+    assert label is None
+    assert "no backdoor was found" in told
+    assert choose_label([ordinary], True)[0] == 0
 
 
 class Columns(torch.nn.Module):

@@ -19,9 +19,9 @@ import torch
 
 import config
 from data_loader import ImageSet
+from main import load_victim
 from models import select_model
 from utils.errors import UserError
-from utils.victim import load_victim
 
 CANARY = "executed"
 SECONDS, MEGABYTES = 5, 600  # for one file; a few times what the base file takes
