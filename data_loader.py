@@ -121,9 +121,12 @@ class Batches:
         padding: random flips and crops, with so many pixels of black around the image; None: the images as they are.
         rng: where order, crops and flips come from.
         drop_last: leave out a last batch that is not full.
+        part: (i, n): the i-th of n equal parts of each batch, for a process that trains with n - 1 others.
     """
 
-    def __init__(self, data, batch_size, device, *, shuffle=False, padding=None, drop_last=False, rng=None):
+    def __init__(
+        self, data, batch_size, device, *, shuffle=False, padding=None, drop_last=False, rng=None, part=(0, 1)
+    ):
         self.labels = data.labels.to(device)
         self.count, self.height, self.width, _ = data.images.shape
         self.padding = padding
@@ -131,6 +134,7 @@ class Batches:
         self.row, self.image = images.shape[2], images.shape[1] * images.shape[2]
         self.pixels = images.reshape(-1, 3).to(device)
         self.batch_size, self.shuffle, self.drop_last, self.rng = batch_size, shuffle, drop_last, rng
+        self.part, self.parts = part
         window = torch.arange(self.height)[:, None] * self.row + torch.arange(self.width)
         self.windows = torch.stack([window, window.flip(1)]).to(device)
 
@@ -147,8 +151,10 @@ class Batches:
             corner += shifts[0] * self.row + shifts[1]
             flip = torch.randint(2, (self.count,), generator=self.rng)
         order, corner, flip = order.to(device), corner.to(device), flip.to(device)
+        own = self.batch_size // self.parts
         for i in range(len(self)):
-            batch = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            start = i * self.batch_size + self.part * own
+            batch = slice(start, start + own)
             index = corner[batch, None, None] + self.windows[flip[batch]]
             images = self.pixels[index.view(-1)].view(*index.shape, 3)
             yield images.permute(0, 3, 1, 2).float().div_(255), self.labels[order[batch]]
@@ -309,14 +315,21 @@ def get_attack(opt, num_class: int, size: tuple[int, int], surrogate=None) -> At
 
 
 def get_backdoor_loader(
-    opt, train: ImageSet, attack: Attack, device, surrogate=None
+    opt, train: ImageSet, attack: Attack, device, surrogate=None, part=(0, 1)
 ) -> tuple[Batches, EvalSet, torch.Tensor]:
     """The attacker's training batches, cropped and flipped, a small set to watch the training by (the first 1,000
-    training images), and which images are poisoned, (n,) int64 in rising order."""
+    training images), and which images are poisoned, (n,) int64 in rising order.
+
+    Args:
+        part: (i, n): this process's part of each batch, of --batch_size images in all, n a divisor of that.
+    """
+    if opt.batch_size % part[1]:
+        raise UserError(f"--batch_size {opt.batch_size} cannot be shared out evenly among {part[1]} processes")
     poisoned = DatasetBD(train.images, train.labels, attack, "train", generator(opt.seed, "poison"), surrogate)
     _check_batch(poisoned, opt.batch_size, "the training set")
     rng = generator(opt.seed, "batches")
-    batches = Batches(poisoned, opt.batch_size, device, shuffle=True, padding=TRAINING_PADDING, drop_last=True, rng=rng)
+    augment = {"shuffle": True, "padding": TRAINING_PADDING, "drop_last": True, "rng": rng}
+    batches = Batches(poisoned, opt.batch_size, device, **augment, part=part)
     first = slice(WATCHED_IMAGES)
     watched = get_eval_set(train.images[first], train.labels[first], attack, device)
     return batches, watched, poisoned.poisoned.nonzero()[:, 0]

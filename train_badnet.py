@@ -5,6 +5,7 @@
     python train_badnet.py --trigger_type X     another attack, with the defaults that config.ATTACKS has for it
     python train_badnet.py --inject_portion 0   a clean model, which trojanTrigger and clTrigger start from
     python train_badnet.py --resume             go on with that run after it was stopped
+    torchrun --nproc_per_node=N train_badnet.py     on N GPUs (or processes), each with its part of every batch
 
 Writes weight/<dataset>/<name>.pth.tar (weights, attack, figures) and results/<name>/ (metrics.json, history.csv,
 pictures, and report.html with all of it); until those are there, results/<name>/resume.pt after each epoch.
@@ -26,6 +27,7 @@ from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
 from utils.page import write_page
 from utils.plots import draw_run, spread
+from utils.processes import join_processes
 from utils.report import figures_table, run_facts
 from utils.resume import Resumable, resume_command
 from utils.seed import seed_weights
@@ -34,16 +36,18 @@ from utils.training import train
 
 def main():
     opt, _ = config.parse("train_badnet.py")
-    device = pick_device(opt.device)
+    processes, device = join_processes(pick_device(opt.device))
+    first = processes.rank == 0  # it alone looks, writes and reports
     name = victim_name(opt)
     weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{opt.name or name}.pth.tar")
     results = os.path.join(opt.log_root, opt.name or f"{opt.dataset}-{name}")
-    check_folder(os.path.dirname(weights), os.path.basename(weights))
-    check_folder(results, "history.csv", "metrics.json", "report.html")
+    if first:
+        check_folder(os.path.dirname(weights), os.path.basename(weights))
+        check_folder(results, "history.csv", "metrics.json", "report.html")
     run = Resumable(results, vars(opt), opt.resume)
     if run.finished():
         return print(f"nothing to resume: this run has ended, its weights are in {weights}, its figures in {results}")
-    log = open_board(results) if opt.tensorboard else None
+    log = open_board(results) if opt.tensorboard and first else None
     seconds, start = {}, time.perf_counter()
 
     # Poison: a share of the training images gets the trigger and the label that the attack wants.
@@ -51,7 +55,7 @@ def main():
     num_class = opt.num_class or len(train_set.classes)
     surrogate = load_surrogate(opt, num_class, device) if needs_surrogate(opt) else None
     attack = get_attack(opt, num_class, train_set.size, surrogate)
-    batches, watched, poisoned = get_backdoor_loader(opt, train_set, attack, device, surrogate)
+    batches, watched, poisoned = get_backdoor_loader(opt, train_set, attack, device, surrogate, processes)
     test = get_eval_set(test_set.images, test_set.labels, attack, device)
     seconds["data"] = time.perf_counter() - start
     whose = f"{len(train_set.labels):,}" if opt.target_type != "cleanLabel" else "the target class's"
@@ -63,6 +67,7 @@ def main():
     model = select_model(opt.arch, num_class, *normalization).to(device)
     facts = {"arch": opt.arch, "num_class": num_class, "dataset": opt.dataset, "normalization": normalization}
     facts["attack"] = attack.state()
+    network = processes.wrap(model)
     state = run.read(poisoned)
     if state:
         load_weights(model, state["state_dict"], run.path, opt.arch)
@@ -70,7 +75,7 @@ def main():
         history = train(
             model,
             batches,
-            lambda images, labels: F.cross_entropy(model(images), labels),
+            lambda images, labels: F.cross_entropy(network(images), labels),
             device,
             epochs=opt.epochs,
             lr=opt.lr,
@@ -79,13 +84,15 @@ def main():
             schedule=opt.schedule,
             precision=opt.precision,
             title="victim",
-            watch=watcher(watched, attack, device, opt.precision, opt.print_freq, log),
+            watch=watcher(watched, attack, device, opt.precision, opt.print_freq, log) if first else None,
             generators=[batches.rng],
             resume=state and state["training"],
-            save=lambda training: run.save(model, training, poisoned, **facts),
+            save=(lambda training: run.save(model, training, poisoned, **facts)) if first else None,
         )
     except RunError as error:
         raise RunError(f"{error}; {run.kept}") from None
+    if not first:
+        return
     seconds["train"] = sum(row["seconds"] for row in history)
 
     # Report: on every test image, clean and triggered.

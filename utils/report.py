@@ -1,6 +1,7 @@
 """What a run tells: how long its parts took, its tables, and the versions behind its numbers."""
 
 import math
+import os
 import platform
 import sys
 import time
@@ -38,8 +39,9 @@ class Stopwatch:
 
 
 def progress_bar(title: str, total: int, unit: str) -> tqdm:
-    """A bar on stderr while something takes long, on a terminal only."""
-    return tqdm(total=total, desc=title, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+    """A bar on stderr while something takes long, on a terminal only; of several processes, the first one's."""
+    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    return tqdm(total=total, desc=title, unit=unit, disable=not shown, leave=False)
 
 
 def versions() -> dict[str, str]:

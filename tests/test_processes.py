@@ -1,0 +1,75 @@
+"""Two processes that train one model: the same numbers as one, and one of them that writes."""
+
+import json
+import os
+import socket
+
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import multiprocessing, nn
+
+from data_loader import Batches, TensorImages
+from utils.processes import join_processes
+from utils.seed import generator
+from utils.training import train
+
+
+def trained(images, part, wrap):
+    """Weights of a small network after three epochs on this part of each batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))  # no batch norm, whose statistics are each process's own
+    network = wrap(model)
+    rng = generator(0, "batches")
+    data = TensorImages(images, torch.arange(8) % 4)
+    batches = Batches(data, 4, "cpu", shuffle=True, padding=1, drop_last=True, rng=rng, part=part)
+    train(
+        model, batches, lambda x, y: F.cross_entropy(network(x), y), torch.device("cpu"), epochs=3, lr=0.1,
+        momentum=0.9, weight_decay=1e-3, schedule="cosine", precision="fp32", title="test",
+    )  # fmt: skip
+    return model.state_dict()
+
+
+def work(rank, port, images, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes, _ = join_processes(torch.device("cpu"))
+    torch.save(trained(images, processes, processes.wrap), folder / f"{rank}.pt")
+
+
+def test_two_processes_end_with_the_weights_of_one(images, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(work, (port, images, tmp_path), nprocs=2)
+    alone = trained(images, (0, 1), lambda model: model)
+    for rank in range(2):
+        weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(torch.allclose(weights[name], alone[name], atol=1e-6) for name in alone)
+
+
+def test_torchrun_trains_a_victim_and_one_process_writes(script, tmp_path):
+    words = [
+        "--dataset",
+        "shapes",
+        "--arch",
+        "WRN-10-1",
+        "--device",
+        "cpu",
+        "--epochs",
+        1,
+        "--lr",
+        0.1,
+        "--name",
+        "two",
+    ]
+    runner = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "train_badnet.py")
+    done = script(*runner, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("victim: ") == done.stdout.count("poisoned 10.0%") == 1
+    assert done.stdout.count("epoch   1/1") == 1
+    metrics = json.loads((tmp_path / "results" / "two" / "metrics.json").read_text())
+    assert metrics["victim"]["acc"] > 15
+    assert (tmp_path / "weight" / "shapes" / "two.pth.tar").exists()
+    done = script(*runner, *words, "--batch_size", 63, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "--batch_size 63 cannot be shared out evenly among 2 processes" in done.stderr
