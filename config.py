@@ -150,7 +150,7 @@ def _add_defense(parser):
     own("weight_decay", zero_or_more, "of SGD")
     own("augment", str, "of the clean split; published for mcl: none", choices=["crop_flip", "none"])
     own("temperature", above_zero, "t of the contrastive loss; published: 0.5")
-    own("align_weight", zero_or_more, "of 1 - cos(g_S(x), z+) on clean images; published: 0")
+    own("align_weight", zero_or_more, "of 1 - cos(z, z+), z of x and of x'; published: 0")
     own("contrast", str, "others: not the target class; published: all", choices=["others", "all"])
     own("ema", decay, "decay of the averaged weights; published: 0, the last weights")
     own("rho", above_zero, "how far FT-SAM looks for the sharpest point, relative to the weights")
