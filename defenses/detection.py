@@ -18,9 +18,11 @@ from utils.report import progress_bar
 STEPS = 50  # batches; after each the weight of a label's size moves, by whether its pattern works
 FEW = 16  # images of a batch in an update: more updates for the same number of images find smaller patterns
 SETTLED = 0.4  # share of the steps, at the end, whose patterns are what the search says
-SUSPECT = -2.0  # a label with an index below it is flagged, if its pattern works
+# A label is flagged if its pattern works, its index is below SUSPECT, and its size at most these shares of the median
+# and of what changes every pixel from black to white: where the others differ little, or where all of them paint over
+# most of the image, the index alone flags labels of clean models too.
+SUSPECT, OF_MEDIAN, OF_RANGE = -2.0, 0.5, 0.02
 TO_SIGMA = 1.4826  # times the median absolute deviation: the standard deviation of a normal distribution
-LEAST_SPREAD = 0.1  # of the median: labels whose sizes happen to be almost alike make no outlier of the next one
 # Patterns stamped on images at a time: one keeps to a processor's cache (ten at once took three times as long), many
 # fill a GPU, and all those of a model of many classes would not fit into memory.
 AT_ONCE = {"cpu": 1, "cuda": 32}
@@ -33,17 +35,21 @@ class Found:
     size: L1 norm of its pattern, over pixels and channels, in units of the full range [0, 1].
     hit_rate: share 0..1 of images of other labels that it turns.
     index: by how many deviations `size` is above (or, negative, below) the median of all labels.
+    of_median, of_range: `size` as a share of the median, and of what changes every pixel from black to white.
     """
 
     label: int
     size: float
     hit_rate: float
     index: float
+    of_median: float
+    of_range: float
 
     @property
     def flagged(self) -> bool:
         """Whether a backdoor to this label is suspected: its pattern works, and is far smaller than the others'."""
-        return self.index < SUSPECT and self.hit_rate >= HIT_RATE
+        small = self.index < SUSPECT and self.of_median <= OF_MEDIAN and self.of_range <= OF_RANGE
+        return small and self.hit_rate >= HIT_RATE
 
     def facts(self) -> dict:
         """Plain values for a file or a table; the hit rate in percent."""
@@ -51,15 +57,13 @@ class Found:
 
 
 def anomaly_indices(sizes: torch.Tensor) -> torch.Tensor:
-    """(s - median) / (1.4826 MAD) of (K,) sizes: Neural Cleanse's anomaly index (section IV-B), with its sign.
+    """(s - median) / (1.4826 MAD) of the logarithms s of (K,) sizes: Neural Cleanse's anomaly index (section IV-B).
 
-    Above 2 and below the median there is below -2 here. The deviation is taken as a tenth of the median at least, so
-    that a flagged label's pattern is a fifth smaller than the median's or more.
+    It has its sign: above 2 and below the median there is below -2 here. Sizes differ by factors, and none is below
+    zero: among sizes from 100 to 350, one of 12 is no outlier, among their logarithms it is.
     """
-    median = sizes.quantile(0.5)
-    distance = sizes - median
-    spread = (TO_SIGMA * distance.abs().quantile(0.5)).clamp(min=LEAST_SPREAD * median.item())
-    return distance / spread.clamp(min=1e-6)
+    distance = sizes.log() - sizes.log().quantile(0.5)
+    return distance / (TO_SIGMA * distance.abs().quantile(0.5)).clamp(min=1e-6)
 
 
 def search_target(victim, batches, num_class, device, rng, steps=STEPS, precision="fp32") -> list[Found]:
@@ -111,8 +115,9 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     works = (rates >= HIT_RATE).float()
     works = torch.where(works.sum(0) > 0, works, 1.0)
     sizes, rates = ((values * works).sum(0) / works.sum(0) for values in (sizes, rates))
-    indices = anomaly_indices(sizes)
-    return [Found(k, sizes[k].item(), rates[k].item(), indices[k].item()) for k in range(num_class)]
+    sizes = sizes.clamp(min=1e-6)
+    columns = sizes, rates, anomaly_indices(sizes), sizes / sizes.quantile(0.5), sizes / shape.numel()
+    return [Found(k, *values) for k, values in enumerate(torch.stack(columns, 1).tolist())]
 
 
 def _turned(victim, images, labels, patterns, targets):

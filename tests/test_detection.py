@@ -1,5 +1,7 @@
 """The search for the target: its index by hand, and planted backdoors found and not invented."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,35 +11,33 @@ CPU = torch.device("cpu")
 
 
 def test_index_by_hand():
-    # median 10, absolute deviations 0 0 1 2 8, their median 1
-    assert anomaly_indices(torch.tensor([10.0, 2.0, 10.0, 11.0, 12.0])).tolist() == pytest.approx(
-        [0.0, -8 / 1.4826, 0.0, 1 / 1.4826, 2 / 1.4826]
+    # of the logarithms: median 10, absolute deviations 0 0 1 2 8, their median 1
+    assert anomaly_indices(torch.tensor([10.0, 2.0, 10.0, 11.0, 12.0]).exp()).tolist() == pytest.approx(
+        [0.0, -8 / 1.4826, 0.0, 1 / 1.4826, 2 / 1.4826], abs=1e-4
     )
 
 
-def test_sizes_that_are_almost_alike_have_no_outlier():
+def test_sizes_that_are_all_alike_have_no_outlier():
     assert anomaly_indices(torch.full((4,), 3.0)).tolist() == [0.0] * 4
-    # median 10, of which a tenth is the least deviation
-    assert anomaly_indices(torch.tensor([10.0, 10.0, 9.0, 10.1, 2.0])).tolist() == pytest.approx(
-        [0, 0, -1, 0.1, -8], abs=1e-5
-    )
 
 
-def test_a_label_is_flagged_by_a_small_pattern_that_works():
-    assert Found(0, 1.0, 0.95, -2.1).flagged
-    assert not Found(0, 1.0, 0.95, -1.9).flagged
-    assert not Found(0, 1.0, 0.5, -9.0).flagged
-    assert not Found(0, 9.0, 0.95, 9.0).flagged
-    assert Found(3, 1.0, 0.5, -9.0).facts() == {
-        "label": 3, "size": 1.0, "hit_rate": 50.0, "index": -9.0, "flagged": False,
+SMALL = Found(1, 30.0, 0.95, -3.0, 0.3, 0.01)
+
+
+@pytest.mark.parametrize("change", [{"hit_rate": 0.5}, {"index": -1.9}, {"of_median": 0.6}, {"of_range": 0.03}])
+def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
+    assert SMALL.flagged
+    assert not dataclasses.replace(SMALL, **change).flagged
+    assert SMALL.facts() == {
+        "label": 1, "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3, "of_range": 0.01, "flagged": True,
     }  # fmt: skip
 
 
 def test_which_label_is_worked_against():
-    ordinary, suspect, worse = Found(0, 9.0, 1.0, -0.5), Found(1, 3.0, 1.0, -3.0), Found(2, 1.0, 1.0, -5.0)
-    unproven = Found(3, 0.5, 0.2, -9.0)
-    assert choose_label([ordinary, suspect], False) == (1, "a backdoor to label 1 is suspected")
-    label, told = choose_label([ordinary, suspect, worse, unproven], False)
+    ordinary, unproven = Found(0, 90.0, 1.0, -0.5, 1.0, 0.03), Found(3, 5.0, 0.2, -9.0, 0.05, 0.001)
+    worse = dataclasses.replace(SMALL, label=2, index=-5.0)
+    assert choose_label([ordinary, SMALL], False) == (1, "a backdoor to label 1 is suspected")
+    label, told = choose_label([ordinary, SMALL, worse, unproven], False)
     assert (label, told[:37]) == (2, "a backdoor to label 2, 1 is suspected")
     label, told = choose_label([ordinary], False)
     assert label is None

@@ -124,9 +124,15 @@ def figures_table(classes: list[str], before: dict, after: dict | None = None) -
 
 def search_rows(searched: list[dict]) -> tuple[list[str], list[list]]:
     """What a search for the target says of each label, as defenses.detection.Found.facts has it: header and rows."""
-    header = ["label", "L1 norm", "hit rate, %", "index", "flagged"]
-    keys = ("label", "size", "hit_rate", "index")
-    return header, [[*(found[key] for key in keys), "yes" if found["flagged"] else "no"] for found in searched]
+    columns = {
+        "label": "label",
+        "size": "L1 norm",
+        "of_median": "of median",
+        "hit_rate": "hit rate, %",
+        "index": "index",
+    }
+    rows = [[*(found[key] for key in columns), "yes" if found["flagged"] else "no"] for found in searched]
+    return [*columns.values(), "flagged"], rows
 
 
 def search_table(searched: list[dict]) -> str:
