@@ -119,7 +119,8 @@ def run(opt, given, name) -> dict:
         curves += history
 
     print()
-    print(published_table(opt.dataset, **figures), figures_table(test_set.classes, **figures), sep="\n\n")
+    print(published_table(opt.dataset, **figures, defense=opt.defense), "", sep="\n")
+    print(figures_table(test_set.classes, **figures))
     with clock("report"):
         few = spread(len(test_set.labels))
         sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)

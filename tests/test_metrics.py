@@ -81,6 +81,8 @@ def test_tables_hold_the_figures_under_their_names():
     after = {"acc": 11.0, "acc_published": 12.5, "asr": 13.0, "ra": 14.0, "floor": 15.0, "per_class": [16.0, 17.0]}
     header, _, row = published_table("shapes", before, after).splitlines()
     assert header.split("  ")[0] == "Dataset"
+    assert "MCLDef ASR" in header
+    assert "nad ASR" in published_table("shapes", before, after, "nad")
     assert row.split() == ["shapes", "2.00", "3.00", "12.50", "13.00", "11.00", "14.00"]
     assert [line.split()[-3:] for line in figures_table(["cat", "dog"], before, after).splitlines()][3] == [
         "2.00",

@@ -98,6 +98,7 @@ def draw_comparison(path: str, rows: list[dict]) -> None:
                 panel.invert_yaxis()
                 panel.grid(axis="y", visible=False)
                 panel.set_title(f"{COLUMNS[key][0]}, %" + f"   {victim}" * (key == "acc"), loc="left")
+        figure.supxlabel("percent; dotted: the victim as it was", fontsize=8)
 
 
 def _best(rows, key):

@@ -70,6 +70,7 @@ def write_page(path: str, title: str, metrics: dict, classes: list[str], picture
     """
     before, after, target = metrics["before"], metrics.get("after"), metrics["target_label"]
     header, rows = figures_rows(classes, before, after)
+    published = published_rows(metrics["dataset"], before, after, metrics.get("defense", "mcl"))
     names = [f"{label} {name}" + " (target)" * (label == target) for label, name in enumerate(classes)]
     figures = [[*row, MEANINGS[key]] for key, row in zip(FIGURES, rows, strict=False)]
     per_class = [[name, *row[1:]] for name, row in zip(names, rows[len(FIGURES) :], strict=True)]
@@ -77,7 +78,7 @@ def write_page(path: str, title: str, metrics: dict, classes: list[str], picture
         f"<h1>{_text(title)}</h1>",
         _paragraph(", ".join(f"{name} {metrics[name]}" for name in ("dataset", "model", "device", "seed"))),
         _tiles(before, after),
-        _section("As the paper's table has it", _table(*published_rows(metrics["dataset"], before, after))),
+        _section("As the paper's table has it", _table(*published)),
         _section("Figures", _table([*header, "what it is"], figures)),
         *_search(metrics),
         _section("Pictures", *(_figure(os.path.dirname(path), *picture) for picture in pictures)),

@@ -84,14 +84,17 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(lines)
 
 
-def published_rows(dataset: str, before: dict, after: dict | None = None) -> tuple[list[str], list[list]]:
+def published_rows(
+    dataset: str, before: dict, after: dict | None = None, defense: str = "mcl"
+) -> tuple[list[str], list[list]]:
     """The table of the MCL paper, whose ACC leaves out the target class, with ACC over all classes and RA beside it:
-    its header and its one row."""
+    its header and its one row. The paper calls its defense MCLDef; others have their own names there."""
     header = ["Dataset", "Baseline ACC", "Baseline ASR"]
     row = [dataset, before["acc_published"], before["asr"]]
     if after is None:
         return [*header, "ACC (all)", "RA"], [[*row, before["acc"], before["ra"]]]
-    header += ["MCLDef ACC", "MCLDef ASR", "ACC (all)", "RA"]
+    name = "MCLDef" if defense == "mcl" else defense
+    header += [f"{name} ACC", f"{name} ASR", "ACC (all)", "RA"]
     return header, [[*row, after["acc_published"], after["asr"], after["acc"], after["ra"]]]
 
 
@@ -112,9 +115,9 @@ def figures_rows(classes: list[str], before: dict, after: dict | None = None) ->
     return ["percent", "before", "after", "change"], rows
 
 
-def published_table(dataset: str, before: dict, after: dict | None = None) -> str:
+def published_table(dataset: str, before: dict, after: dict | None = None, defense: str = "mcl") -> str:
     """`published_rows` as text."""
-    return table(*published_rows(dataset, before, after))
+    return table(*published_rows(dataset, before, after, defense))
 
 
 def figures_table(classes: list[str], before: dict, after: dict | None = None) -> str:
