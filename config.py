@@ -1,6 +1,7 @@
 """Every option and its default. Edit a default here to change it for good, or give the option on the command line."""
 
 import argparse
+import math
 import os
 import sys
 
@@ -158,14 +159,14 @@ def _add_defense(parser):
 
 
 # Options that apply only under another one, and are refused elsewhere: what that is, in words and as a test.
-_FINETUNING = ("--positive finetuned", lambda opt: opt.positive != "backdoored")
+_FINETUNING = ("--positive finetuned", lambda opt: opt.defense == "all" or opt.positive != "backdoored")
 APPLIES = {
     "image_size": ("--dataset GTSRB or folder", lambda opt: opt.dataset in ("GTSRB", "folder")),
     "target_label": ("--target_type all2one or cleanLabel", lambda opt: opt.target_type != "all2all"),
     "finetune_epochs": _FINETUNING,
     "finetune_lr": _FINETUNING,
     "force": ("--target auto", lambda opt: opt.target in (None, "auto")),
-    "tensorboard": ("--print_freq from 1 to --epochs", lambda opt: 0 < opt.print_freq <= (opt.epochs or 1)),
+    "tensorboard": ("--print_freq from 1 to --epochs", lambda opt: 0 < opt.print_freq <= (opt.epochs or math.inf)),
 }
 # ... those that mean nothing where a model is only measured, and those that do where nothing is poisoned.
 DEFENDING = {"ratio", "precision", "print_freq", "tensorboard"}.union(*DEFENSES.values())

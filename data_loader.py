@@ -317,8 +317,8 @@ def get_attack(opt, num_class: int, size: tuple[int, int], surrogate=None) -> At
 def get_backdoor_loader(
     opt, train: ImageSet, attack: Attack, device, surrogate=None, part=(0, 1)
 ) -> tuple[Batches, EvalSet, torch.Tensor]:
-    """The attacker's training batches, cropped and flipped, a small set to watch the training by (the first 1,000
-    training images), and which images are poisoned, (n,) int64 in rising order.
+    """The attacker's training batches, cropped and flipped, a small set to watch the training by (1,000 training
+    images), and which images are poisoned, (n,) int64 in rising order.
 
     Args:
         part: (i, n): this process's part of each batch, of --batch_size images in all, n a divisor of that.
@@ -330,8 +330,8 @@ def get_backdoor_loader(
     rng = generator(opt.seed, "batches")
     augment = {"shuffle": True, "padding": TRAINING_PADDING, "drop_last": True, "rng": rng}
     batches = Batches(poisoned, opt.batch_size, device, **augment, part=part)
-    first = slice(WATCHED_IMAGES)
-    watched = get_eval_set(train.images[first], train.labels[first], attack, device)
+    few = _spread(torch.arange(len(train.labels)))
+    watched = get_eval_set(train.images[few], train.labels[few], attack, device)
     return batches, watched, poisoned.poisoned.nonzero()[:, 0]
 
 
@@ -346,11 +346,17 @@ def get_clean_split(opt, train: ImageSet, attack: Attack, device) -> CleanSplit:
 
     others = torch.ones(len(train.labels), dtype=torch.bool)
     others[split.index] = False
-    watched = (others.nonzero()[:, 0] if others.any() else split.index)[:WATCHED_IMAGES]
+    watched = _spread(others.nonzero()[:, 0] if others.any() else split.index)
     watched = get_eval_set(train.images[watched], train.labels[watched], attack, device)
     training = batches(CLEAN_PADDING if opt.augment == "crop_flip" else None, "batches")
     plain, search = batches(None, "plain batches"), batches(None, "search batches")
     return CleanSplit(plain, search, training, split.index, watched)
+
+
+def _spread(index):
+    """WATCHED_IMAGES of these at most, from end to end: many a data set is sorted by class."""
+    count = min(WATCHED_IMAGES, len(index))
+    return index[torch.arange(count) * len(index) // count]
 
 
 def get_eval_set(images, labels, attack: Attack, device) -> EvalSet:

@@ -23,7 +23,7 @@ from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.comparison import comparison_row, comparison_text, write_comparison
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
-from utils.files import check_folder, digest_file, write_csv, write_json
+from utils.files import check_folder, digest_file, remove_file, write_csv, write_json
 from utils.metrics import evaluate, watcher
 from utils.page import write_page
 from utils.plots import draw_run, spread
@@ -39,7 +39,7 @@ def main():
     opt, given = config.parse("main.py")
     if not config.compares(opt):
         (path,) = victim_paths(opt)
-        name = opt.name or f"{opt.dataset}-{victim_name(path)}-{opt.defense}"
+        name = opt.name or f"{opt.dataset}-{file_stem(path)}-{opt.defense}"
         return run(config.one_run(opt, model=path), given, name)
     try:
         compare(opt, given)
@@ -52,7 +52,9 @@ def compare(opt, given):
     name = opt.name or f"{opt.dataset}-comparison"
     defenses = list(DEFENSES) if opt.defense == "all" else [opt.defense]
     paths, rows, failed = victim_paths(opt), [], []
-    names = [victim_name(path) for path in paths]
+    names = [file_stem(path) for path in paths]
+    for path in paths:
+        read_checkpoint(path)  # what cannot be read is told now, not after hours
     if len(set(names)) < len(names):
         names = [f"{number}-{name}" for number, name in enumerate(names, 1)]
     for victim, path in zip(names, paths, strict=True):
@@ -62,10 +64,12 @@ def compare(opt, given):
             print(f"\n{victim}, {defense}" + " (finished before)" * bool(metrics))
             try:
                 rows.append(comparison_row(victim, defense, metrics or run(one, given, its_name)))
-            except RunError as error:
+            except (RunError, UserError) as error:
+                if not rows and isinstance(error, UserError):
+                    raise
                 failed.append(f"{victim}, {defense}: {error}")
                 print(f"failed: {error}")
-        write_comparison(os.path.join(opt.log_root, name), rows)
+            write_comparison(os.path.join(opt.log_root, name), rows)
     print("", comparison_text(rows), sep="\n")
     if failed:
         raise RunError(f"{len(failed)} of {len(rows) + len(failed)} runs failed; the first: {failed[0]}")
@@ -88,6 +92,8 @@ def run(opt, given, name) -> dict:
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
         if opt.target not in (None, "auto") and opt.target >= attack.num_class:
             raise UserError(f"--target {opt.target} is not one of the labels 0..{attack.num_class - 1}")
+        if opt.target == "auto" and attack.num_class < 3:
+            raise UserError("a search sets one label against the others, which takes three or more; give --target")
     print(f"victim {path}: {facts['arch']}, {attack.describe()}")
     with clock("evaluate"):
         figures = {"before": evaluate(victim, test, attack, device)}
@@ -104,19 +110,26 @@ def run(opt, given, name) -> dict:
     if opt.defense != "none" and not (searched and target is None):
         told = "" if target is None else f"; target {target}"
         print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images{told}")
-        watch = watcher(split.watched, attack, device, opt.precision, opt.print_freq, log)
-        with clock("evaluate"):
-            curves = [{"epoch": 0, **watch(victim, 0)}]
+        look = watcher(split.watched, attack, device, opt.precision, opt.print_freq, log)
+
+        def watch(model, epoch):
+            with clock("evaluate"):  # not the defense's own time
+                return look(model, epoch)
+
+        curves = [{"epoch": 0, **watch(victim, 0)}]
         mirrored = opt.augment == "crop_flip"
         case = Case(victim, split.training, split.plain, mirrored, device, opt.seed, clock, target, watch)
         settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in SPENT}
         models["after"], history, trigger = DEFENSES[opt.defense](case, precision=opt.precision, **settings)
         with clock("evaluate"):
             figures["after"] = evaluate(models["after"], test, attack, device)
+        remove_file(os.path.join(results, "metrics.json"))  # an older run's; this one's is written last
         save_checkpoint(purified, models["after"], **facts, metrics=figures["after"])
         write_csv(os.path.join(results, "history.csv"), history)
         print(f"purified: {purified}")
         curves += history
+    else:
+        remove_file(os.path.join(results, "history.csv"))
 
     print()
     print(published_table(opt.dataset, **figures, defense=opt.defense), "", sep="\n")
@@ -160,7 +173,7 @@ def victim_paths(opt) -> list[str]:
     return opt.model or [os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-badnet.pth.tar")]
 
 
-def victim_name(path: str) -> str:
+def file_stem(path: str) -> str:
     """What a run calls the model in a file: the file's name without its endings."""
     return os.path.basename(path).split(".")[0]
 

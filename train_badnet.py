@@ -44,6 +44,8 @@ def main():
     if first:
         check_folder(os.path.dirname(weights), os.path.basename(weights))
         check_folder(results, "history.csv", "metrics.json", "report.html")
+    if processes.count > 1:
+        opt.nproc_per_node = processes.count  # numbers depend on it: each has its own part of a batch to normalise
     run = Resumable(results, vars(opt), opt.resume)
     if run.finished():
         return print(f"nothing to resume: this run has ended, its weights are in {weights}, its figures in {results}")
@@ -51,7 +53,8 @@ def main():
     seconds, start = {}, time.perf_counter()
 
     # Poison: a share of the training images gets the trigger and the label that the attack wants.
-    train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
+    with processes.first_goes_ahead():
+        train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
     num_class = opt.num_class or len(train_set.classes)
     surrogate = load_surrogate(opt, num_class, device) if needs_surrogate(opt) else None
     attack = get_attack(opt, num_class, train_set.size, surrogate)
@@ -90,7 +93,7 @@ def main():
             save=(lambda training: run.save(model, training, poisoned, **facts)) if first else None,
         )
     except RunError as error:
-        raise RunError(f"{error}; {run.kept}") from None
+        raise RunError(f"{error}; {run.kept}" if first else str(error)) from None
     if not first:
         return
     seconds["train"] = sum(row["seconds"] for row in history)

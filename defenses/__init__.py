@@ -1,7 +1,7 @@
 """The defenses: each is a function of a case (defenses.case.Case) and its own options to a purified student."""
 
 from defenses import fst, ft, ftsam, ibau, mcl, nad, nc
-from defenses.case import Case, Purified
+from defenses.case import Case
 
 # A new defense is a file and an entry here, and an entry with its options and their defaults in config.DEFENSES.
 DEFENSES = {
@@ -14,4 +14,4 @@ DEFENSES = {
     "fst": fst.defend,
 }
 
-__all__ = ["DEFENSES", "Case", "Purified"]
+__all__ = ["DEFENSES", "Case"]

@@ -52,8 +52,9 @@ class Found:
         return small and self.hit_rate >= HIT_RATE
 
     def facts(self) -> dict:
-        """Plain values for a file or a table; the hit rate in percent."""
-        return asdict(self) | {"hit_rate": 100 * self.hit_rate, "flagged": self.flagged}
+        """Plain values for a file or a table; hit rate and share of the range in percent."""
+        percent = {"hit_rate": 100 * self.hit_rate, "of_range": 100 * self.of_range}
+        return asdict(self) | percent | {"flagged": self.flagged}
 
 
 def anomaly_indices(sizes: torch.Tensor) -> torch.Tensor:
@@ -148,5 +149,5 @@ def choose_label(searched: list[Found], force: bool) -> tuple[int | None, str]:
         return flagged[0].label, f"a backdoor to label {labels} is suspected{several}"
     left = f"--force: label {lowest} is worked against" if force else "the model is left as it is"
     return lowest if force else None, (
-        f"no backdoor was found: no label's pattern is far smaller than the others'; {left}"
+        f"no backdoor was found: no label's pattern is small, and far smaller than the others'; {left}"
     )

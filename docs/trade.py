@@ -24,7 +24,7 @@ from defenses.inversion import find_trigger
 from defenses.mcl import finetune, patterns_of, purify
 from main import load_victim, victim_paths
 from utils.device import pick_device
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.files import write_csv, write_file
 from utils.metrics import evaluate
 from utils.report import Stopwatch
@@ -45,6 +45,8 @@ def main():
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
     (path,) = victim_paths(opt)
     victim, attack, _ = load_victim(opt, given, path, test_set, device)
+    if opt.defense != "mcl" or attack.target is None or opt.target not in ("auto", attack.target):
+        raise UserError("this measures mcl against the attack's own target; leave out --defense and --target")
     target = attack.target
     others = torch.ones(len(train_set.labels), dtype=torch.bool)
     others[get_clean_split(opt, train_set, attack, device).index] = False
@@ -80,8 +82,11 @@ def main():
     case, size = case_of(opt), {"epochs": opt.finetune_epochs, "lr": opt.finetune_lr}
     positive = finetune(victim, case.training, device, mirror=case.mirrored, **size, **chosen(opt, *SGD))
     trigger = find_trigger(case, opt.inversion_rounds, opt.inversion_steps, opt.inversion_batches, opt.precision)
+    drawn = [batches.rng.get_state() for batches in (case.training, case.plain)]
     for weight in ALIGN_WEIGHTS:
         opt.align_weight = weight
+        for batches, state in zip((case.training, case.plain), drawn, strict=True):
+            batches.rng.set_state(state)  # every weight has the batches that main.py has
         measure(purified(opt, case, positive), f"{weight:g}")
     opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
     measure(purified(opt, case_of(opt), victim), "published recipe")

@@ -207,7 +207,7 @@ def compare(opt):
 def end_to_end(opt):
     """Seconds of main.py on --model with its target given, and its peak memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--model", opt.model, "--target", "5", "--print_freq", "0"]
+        words = ["--model", os.path.abspath(opt.model), "--target", "5", "--print_freq", "0"]
         words += ["--checkpoint_root", folder, "--log_root", folder]
         words += ["--data_root", os.path.abspath(opt.data_root), "--precision", opt.precision]
         began = time.perf_counter()

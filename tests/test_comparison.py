@@ -58,6 +58,12 @@ def test_of_several_victims_there_is_a_table_a_figure_with_a_row_a_victim():
     assert tables[4][2][1] == ["two", "<12.50>", "failed", "failed"]
 
 
+def test_models_that_are_only_measured_have_one_column_and_took_no_time():
+    tables = comparison_tables([row("one", "none", None), row("two", "none", None)], str)
+    assert [title for title, *_ in tables] == ["ACC", "ACC*", "ASR", "RA"]
+    assert tables[0][1:] == (["victim", "none"], [["one", "82.00"], ["two", "82.00"]])
+
+
 @pytest.mark.parametrize("rows", [ROWS, [*ROWS, row("t|wo", "mcl", None)]])
 def test_three_files_are_written(tmp_path, rows):
     write_comparison(str(tmp_path), rows)
@@ -88,6 +94,11 @@ def test_a_run_is_finished_with_its_own_options_on_its_own_file_only(tmp_path):
     assert finished_run(str(tmp_path), options, str(model)) == stored
     assert finished_run(str(tmp_path), {**options, "lr": 0.2}, str(model)) is None
     assert finished_run(str(tmp_path), {**options, "new": 1}, str(model)) is None
+    folders = {"dataset": "folder", "data_root": "a"}  # there the root says which pictures they are
+    (tmp_path / "metrics.json").write_text(json.dumps({**stored, "config": {**options, **folders}}))
+    assert finished_run(str(tmp_path), {**options, **folders}, str(model)) is not None
+    assert finished_run(str(tmp_path), {**options, **folders, "data_root": "b"}, str(model)) is None
+    (tmp_path / "metrics.json").write_text(json.dumps(stored))
     model.write_bytes(b"others")
     assert finished_run(str(tmp_path), options, str(model)) is None
     (tmp_path / "metrics.json").write_text("[1, 2")

@@ -7,7 +7,16 @@ import torch
 from PIL import Image
 
 import config
-from data_loader import Batches, DatasetCL, TensorImages, load_images
+from attacks import Attack
+from data_loader import (
+    Batches,
+    DatasetCL,
+    ImageSet,
+    TensorImages,
+    get_backdoor_loader,
+    get_clean_split,
+    load_images,
+)
 from utils.errors import UserError
 from utils.seed import generator
 
@@ -71,6 +80,16 @@ def test_clean_split_is_a_random_share_fixed_by_the_seed(images):
 def test_a_split_without_images_or_beyond_the_set_is_refused(images, ratio):
     with pytest.raises(UserError):
         DatasetCL(images, torch.arange(8), ratio, generator(1, "split"))
+
+
+def test_the_images_watched_are_from_end_to_end_of_a_set_sorted_by_class():
+    images, labels = torch.zeros(5000, 8, 8, 3, dtype=torch.uint8), torch.arange(5000) // 500
+    train, attack = ImageSet(images, labels, list("0123456789")), Attack("gridTrigger", "all2one", 0, 10, 0.1)
+    opt = options("--dataset", "shapes")
+    opt.batch_size, opt.augment = 64, "none"
+    assert get_clean_split(opt, train, attack, "cpu").watched.labels.bincount().min() > 90
+    opt.inject_portion = 0.1
+    assert get_backdoor_loader(opt, train, attack, "cpu")[1].labels.bincount().tolist() == [100] * 10
 
 
 def options(*words):

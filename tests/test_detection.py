@@ -29,7 +29,7 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
     assert SMALL.flagged
     assert not dataclasses.replace(SMALL, **change).flagged
     assert SMALL.facts() == {
-        "label": 1, "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3, "of_range": 0.01, "flagged": True,
+        "label": 1, "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3, "of_range": 1.0, "flagged": True,
     }  # fmt: skip
 
 

@@ -43,8 +43,10 @@ def comparison_tables(rows: list[dict], mark) -> list[tuple[str, list[str], list
             figures = [_cell(row, key, best[key], mark) for key in COLUMNS]
             cells.append([row["defense"] + " (found nothing)" * (not row["changed"]), *figures])
         return [(victim, ["defense", *(name for name, _ in COLUMNS.values())], cells)]
-    defenses, tables = list(dict.fromkeys(row["defense"] for row in rows)), []
+    defenses, tables = [name for name in dict.fromkeys(row["defense"] for row in rows) if name != "none"], []
     for key, (name, _) in COLUMNS.items():
+        if key == "seconds" and not defenses:
+            continue
         cells = []
         for victim in victims:
             own = {row["defense"]: row for row in rows if row["victim"] == victim}

@@ -239,7 +239,7 @@ def classes_to_show(columns: torch.Tensor, target: int | None) -> list[int]:
     """
     weight = (columns[-1] - columns[0]).abs() if len(columns) > 1 else -columns[0]
     weight = weight.nan_to_num(nan=-1e3)
-    if target is not None:
+    if target is not None and target < len(weight):
         weight[target] = float("inf")
     return sorted(weight.argsort(descending=True, stable=True)[:MOST_CLASSES].tolist())
 

@@ -22,16 +22,20 @@ FIGURES = {
 
 
 class Stopwatch:
-    """Seconds by part of a run: `with clock("data"): ...` adds to clock.seconds["data"]."""
+    """Seconds by part of a run: `with clock("data"): ...` adds to clock.seconds["data"].
+
+    A part inside another counts for itself alone.
+    """
 
     def __init__(self):
         self.start, self.seconds = time.perf_counter(), {}
 
     @contextmanager
     def __call__(self, part):
-        began = time.perf_counter()
+        began, others = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+        inside = sum(self.seconds.values()) - others
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began - inside
 
     def read(self) -> dict[str, float]:
         """Seconds of every part so far, and in total."""
@@ -127,13 +131,8 @@ def figures_table(classes: list[str], before: dict, after: dict | None = None) -
 
 def search_rows(searched: list[dict]) -> tuple[list[str], list[list]]:
     """What a search for the target says of each label, as defenses.detection.Found.facts has it: header and rows."""
-    columns = {
-        "label": "label",
-        "size": "L1 norm",
-        "of_median": "of median",
-        "hit_rate": "hit rate, %",
-        "index": "index",
-    }
+    columns = {"label": "label", "size": "L1 norm", "of_range": "of range, %", "of_median": "of median"}
+    columns |= {"hit_rate": "hit rate, %", "index": "index"}
     rows = [[*(found[key] for key in columns), "yes" if found["flagged"] else "no"] for found in searched]
     return [*columns.values(), "flagged"], rows
 

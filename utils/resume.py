@@ -29,7 +29,7 @@ class Resumable:
 
     def __init__(self, folder: str, options: dict, resume: bool):
         self.path, self.figures = os.path.join(folder, STATE), os.path.join(folder, "metrics.json")
-        self.options = {name: value for name, value in options.items() if name not in PLACES}
+        self.options = _numbers(options)
         self.resume, self.kept = resume, "no weights are kept yet"
 
     def finished(self) -> bool:
@@ -89,10 +89,17 @@ class Resumable:
 
     def _check(self, stored, path):
         """Refuse options other than those stored."""
-        other = [name for name, value in self.options.items() if stored.get(name) != value]
+        stored = _numbers(stored)
+        other = [name for name in self.options | stored if stored.get(name) != self.options.get(name)]
         if other:
-            told = ", ".join(f"--{name} {stored.get(name)} (not {self.options[name]})" for name in other)
+            told = ", ".join(f"--{name} {stored.get(name)} (not {self.options.get(name)})" for name in other)
             raise UserError(f"{path} belongs to a run with {told}; resume with those, or start anew without --resume")
+
+
+def _numbers(options: dict) -> dict:
+    """The options that numbers depend on; where a folder's pictures lie is which pictures they are."""
+    other = PLACES - {"data_root"} if options.get("dataset") == "folder" else PLACES
+    return {name: value for name, value in options.items() if name not in other}
 
 
 def finished_run(folder: str, options: dict, model: str) -> dict | None:
@@ -101,13 +108,14 @@ def finished_run(folder: str, options: dict, model: str) -> dict | None:
         with open(os.path.join(folder, "metrics.json")) as file:
             metrics = json.load(file)
         same = metrics["model_sha256"] == digest_file(model) and isinstance(metrics["before"], dict)
-        kept = {name: value for name, value in options.items() if name not in PLACES | {"model"}}
-        return metrics if same and all(metrics["config"][name] == value for name, value in kept.items()) else None
+        kept, stored = ({**_numbers(told), "model": None} for told in (options, metrics["config"]))
+        return metrics if same and kept == stored else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def resume_command() -> str:
     """This command line again, to go on where it was stopped."""
-    words = [word for word in sys.argv if word != "--resume"]
-    return shlex.join(["python", *words, "--resume"])
+    count = os.environ.get("WORLD_SIZE", "1")
+    runner = ["python"] if count == "1" else ["torchrun", f"--nproc_per_node={count}"]
+    return shlex.join([*runner, *(word for word in sys.argv if word != "--resume"), "--resume"])
