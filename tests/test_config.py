@@ -1,9 +1,11 @@
 """The options: what is refused, and how."""
 
 import pytest
+import torch
 
 import config
 from defenses import DEFENSES
+from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
 
 
@@ -127,3 +129,15 @@ def test_what_ends_a_run_is_one_line_and_an_exit_code(error, code, told, capsys)
 def test_a_mistake_in_the_code_is_not_hidden():
     with pytest.raises(RuntimeError, match="shapes differ"):
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")), "")
+
+
+def test_a_cpu_takes_what_is_below_the_normal_range_as_zero():
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor has no such setting")
+    tiny = torch.tensor([1e-30])
+    assert (tiny * 1e-10).item() > 0
+    try:
+        assert pick_device("cpu") == torch.device("cpu")
+        assert (tiny * 1e-10).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
