@@ -88,8 +88,13 @@ def test_the_images_watched_are_from_end_to_end_of_a_set_sorted_by_class():
     opt = options("--dataset", "shapes")
     opt.batch_size, opt.augment = 64, "none"
     assert get_clean_split(opt, train, attack, "cpu").watched.labels.bincount().min() > 90
+    searched, other = (get_clean_split(opt, train, attack, "cpu") for _ in range(2))
+    list(searched.search)  # a search for the target draws for itself alone
+    assert all(torch.equal(x[1], y[1]) for x, y in zip(searched.training, other.training, strict=True))
     opt.inject_portion = 0.1
     assert get_backdoor_loader(opt, train, attack, "cpu")[1].labels.bincount().tolist() == [100] * 10
+    with pytest.raises(UserError, match="--batch_size 64 cannot be shared out evenly among 3 processes"):
+        get_backdoor_loader(opt, train, attack, "cpu", part=(0, 3))
 
 
 def options(*words):

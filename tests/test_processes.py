@@ -69,6 +69,3 @@ def test_torchrun_trains_a_victim_and_one_process_writes(script, tmp_path):
     assert done.stdout.count("epoch   1/1") == 1
     assert json.loads((tmp_path / "results" / "two" / "metrics.json").read_text())["seconds"]["train"] > 0
     assert (tmp_path / "weight" / "shapes" / "two.pth.tar").exists()
-    done = script(*runner, *words, "--batch_size", 63, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "--batch_size 63 cannot be shared out evenly among 2 processes" in done.stderr

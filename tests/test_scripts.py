@@ -111,9 +111,8 @@ def test_the_purified_weights_measure_what_was_reported(script, folder, purified
 def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
     short = (*DEFENSE, *places(folder), "--model", victim, "--epochs", 1, "--finetune_epochs", 1)
     short += ("--inversion_rounds", 1, "--inversion_steps", 20)
-    # The search for the target draws from a generator of its own: found or given, the rest is the same.
-    for name, seed, target in (("a", 3, "auto"), ("b", 3, 5), ("c", 4, 5)):
-        done = script("main.py", *short, "--seed", seed, "--name", name, "--target", target)
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        done = script("main.py", *short, "--seed", seed, "--name", name, "--target", 5)
         assert done.returncode == 0, done.stderr
     runs = [metrics_of(folder, name) for name in "abc"]
     weights = [torch.load(folder / "weight" / f"{name}.tar", weights_only=True)["state_dict"] for name in "abc"]
@@ -123,7 +122,7 @@ def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
-def test_a_model_without_a_backdoor_is_left_alone_unless_forced(script, folder, clean):
+def test_a_model_without_a_backdoor_is_left_alone(script, folder, clean):
     words = (*DEFENSE, *places(folder), "--model", clean[-1])
     done = script("main.py", *words, "--name", "left")
     assert done.returncode == 0, done.stderr
@@ -133,13 +132,6 @@ def test_a_model_without_a_backdoor_is_left_alone_unless_forced(script, folder, 
     assert len(metrics["search"]) == 10
     assert not (folder / "weight" / "left.tar").exists()
     assert "no backdoor found" in (folder / "results" / "left" / "report.html").read_text()
-    short = ("--epochs", 1, "--finetune_epochs", 1, "--inversion_rounds", 1, "--force", "--name", "forced")
-    done = script("main.py", *words, *short)
-    assert done.returncode == 0, done.stderr
-    metrics = metrics_of(folder, "forced")
-    lowest = min(metrics["search"], key=lambda found: found["index"])["label"]
-    assert (metrics["detected_label"], metrics["worked_against"]) == (None, lowest)
-    assert (folder / "weight" / "forced.tar").exists()
 
 
 def test_a_comparison_runs_every_defense(script, folder, victim):
