@@ -330,7 +330,7 @@ def get_backdoor_loader(
     rng = generator(opt.seed, "batches")
     augment = {"shuffle": True, "padding": TRAINING_PADDING, "drop_last": True, "rng": rng}
     batches = Batches(poisoned, opt.batch_size, device, **augment, part=part)
-    few = _spread(torch.arange(len(train.labels)))
+    few = spread(len(train.labels), WATCHED_IMAGES)
     watched = get_eval_set(train.images[few], train.labels[few], attack, device)
     return batches, watched, poisoned.poisoned.nonzero()[:, 0]
 
@@ -346,17 +346,18 @@ def get_clean_split(opt, train: ImageSet, attack: Attack, device) -> CleanSplit:
 
     others = torch.ones(len(train.labels), dtype=torch.bool)
     others[split.index] = False
-    watched = _spread(others.nonzero()[:, 0] if others.any() else split.index)
+    unseen = others.nonzero()[:, 0] if others.any() else split.index
+    watched = unseen[spread(len(unseen), WATCHED_IMAGES)]
     watched = get_eval_set(train.images[watched], train.labels[watched], attack, device)
     training = batches(CLEAN_PADDING if opt.augment == "crop_flip" else None, "batches")
     plain, search = batches(None, "plain batches"), batches(None, "search batches")
     return CleanSplit(plain, search, training, split.index, watched)
 
 
-def _spread(index):
-    """WATCHED_IMAGES of these at most, from end to end: many a data set is sorted by class."""
-    count = min(WATCHED_IMAGES, len(index))
-    return index[torch.arange(count) * len(index) // count]
+def spread(total: int, most: int) -> torch.Tensor:
+    """Which of `total` images to look at: `most` or all of them, evenly spread, (n,) int64; a set may be sorted."""
+    count = min(total, most)
+    return torch.arange(count) * total // count
 
 
 def get_eval_set(images, labels, attack: Attack, device) -> EvalSet:

@@ -14,7 +14,7 @@ import os
 
 import config
 from attacks import Attack
-from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images
+from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images, spread
 from defenses import DEFENSES, Case
 from defenses.detection import choose_label, search_target
 from models import load_model
@@ -26,7 +26,7 @@ from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, digest_file, remove_file, write_csv, write_json
 from utils.metrics import evaluate, watcher
 from utils.page import write_page
-from utils.plots import draw_run, spread
+from utils.plots import SAMPLE, draw_run
 from utils.report import Stopwatch, figures_table, published_table, run_facts, search_table
 from utils.resume import finished_run, resume_command
 from utils.seed import generator
@@ -135,7 +135,7 @@ def run(opt, given, name) -> dict:
     print(published_table(opt.dataset, **figures, defense=opt.defense), "", sep="\n")
     print(figures_table(test_set.classes, **figures))
     with clock("report"):
-        few = spread(len(test_set.labels))
+        few = spread(len(test_set.labels), SAMPLE)
         sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
         pictures = draw_run(results, test_set.classes, sample, attack, models, figures, curves, trigger)
     metrics = {

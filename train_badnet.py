@@ -17,7 +17,7 @@ import time
 import torch.nn.functional as F
 
 import config
-from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_normalization, load_images
+from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_normalization, load_images, spread
 from models import load_model, select_model
 from utils.board import open_board
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -26,7 +26,7 @@ from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
 from utils.page import write_page
-from utils.plots import draw_run, spread
+from utils.plots import SAMPLE, draw_run
 from utils.processes import join_processes
 from utils.report import figures_table, run_facts
 from utils.resume import Resumable, resume_command
@@ -108,7 +108,7 @@ def main():
     write_csv(os.path.join(results, "history.csv"), history)
 
     began = time.perf_counter()
-    few = spread(len(test_set.labels))
+    few = spread(len(test_set.labels), SAMPLE)
     sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
     pictures = draw_run(results, test_set.classes, sample, attack, {"before": model}, {"before": figures}, history)
     seconds["report"] = time.perf_counter() - began

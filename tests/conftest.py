@@ -12,11 +12,32 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models import select_model
+
 
 @pytest.fixture
 def images():
     """Eight random 8x8 uint8 images, (8, 8, 8, 3)."""
     return torch.randint(256, (8, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def victim():
+    """A small network of three classes, as every defense is given it; never trained."""
+    torch.manual_seed(0)
+    return select_model("WRN-10-1", 3).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def batches():
+    """Three batches of eight random images for it, with labels."""
+    rng = torch.Generator().manual_seed(0)
+    return [(torch.rand(8, 3, 8, 8, generator=rng), torch.randint(3, (8,), generator=rng)) for _ in range(3)]
+
+
+def weights(model):
+    """All weights and statistics of a model, as one vector."""
+    return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import weights
 from torch.nn import functional as F
 
 from defenses import DEFENSES, Case, fst, ft, ftsam, ibau, mcl, nad, nc
@@ -74,22 +75,6 @@ def test_a_fifth_of_a_batch_is_stamped():
     stamped = nc.stamp_share(images, Trigger(pattern, 1.0))
     assert (stamped[:2, :, 3, 3] == 1).all()
     assert torch.equal(stamped[2:], images[2:])
-
-
-@pytest.fixture
-def victim():
-    torch.manual_seed(0)
-    return select_model("WRN-10-1", 3).eval().requires_grad_(False)
-
-
-@pytest.fixture
-def batches():
-    rng = torch.Generator().manual_seed(0)
-    return [(torch.rand(10, 3, 8, 8, generator=rng), torch.randint(3, (10,), generator=rng)) for _ in range(2)]
-
-
-def weights(model):
-    return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
 
 
 def defended(name, victim, batches, **changes):

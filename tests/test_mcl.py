@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from conftest import weights
 
 from defenses.inversion import Trigger, stamp
 from defenses.mcl import alignment_loss, contrastive_loss, finetune, mirrored_mean, purify
-from models import select_model
 
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 POSITIVE = torch.tensor([[3.0, 0.0], [1.0, 1.0]])  # cosines 1 and 1/sqrt(2)
@@ -58,26 +58,10 @@ def test_patterns_are_dealt_out_in_turn():
 
 
 @pytest.fixture
-def victim():
-    torch.manual_seed(0)
-    return select_model("WRN-10-1", 3).eval().requires_grad_(False)
-
-
-@pytest.fixture
-def batches():
-    rng = torch.Generator().manual_seed(0)
-    return [(torch.rand(8, 3, 8, 8, generator=rng), torch.randint(3, (8,), generator=rng)) for _ in range(3)]
-
-
-@pytest.fixture
 def trigger():
     pattern = torch.zeros(3, 8, 8)
     pattern[:, 6:, 6:] = 1
     return Trigger(pattern, 1.0)
-
-
-def weights(model):
-    return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
 
 
 def purified(victim, trigger, batches, positive=None, **changes):

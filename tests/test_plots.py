@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from attacks import Attack
-from data_loader import get_eval_set
+from data_loader import get_eval_set, spread
 from models import select_model
 from utils import plots
 
@@ -133,8 +133,8 @@ def test_of_many_classes_those_that_changed_most_are_shown():
 
 
 def test_a_sample_is_spread_over_the_set():
-    assert plots.spread(5).tolist() == [0, 1, 2, 3, 4]
-    index = plots.spread(10_000)
+    assert spread(5, plots.SAMPLE).tolist() == [0, 1, 2, 3, 4]
+    index = spread(10_000, plots.SAMPLE)
     assert len(index) == plots.SAMPLE
     assert set((index[1:] - index[:-1]).tolist()) == {14, 15}
 

@@ -109,12 +109,6 @@ def draw_run(folder, classes, sample, attack, models, figures, history, trigger=
     return [(name, CAPTIONS[name] + compared.get(name, "")) for name in draw] + missed
 
 
-def spread(total: int) -> torch.Tensor:
-    """Which of `total` images to look at: SAMPLE of them, or all, evenly spread, (n,) int64; a set may be sorted."""
-    count = min(total, SAMPLE)
-    return torch.arange(count) * total // count
-
-
 @contextlib.contextmanager
 def new_picture(path, width, height):
     """A figure of so many inches, in this module's style whatever matplotlibrc says, written to `path` in the end."""
