@@ -144,10 +144,10 @@ def run(opt, given, name) -> dict:
         "defense": opt.defense,
         "before": figures["before"],
         "after": figures.get("after"),
-        "detected_label": target if searched and target is not None and searched[target].flagged else None,
+        "detected_label": target if searched and any(found.flagged for found in searched) else None,
         "worked_against": target,
         "search": searched and [found.facts() for found in searched],
-        "trigger": trigger and {"pixels": trigger.pixels, "l1": trigger.l1, "hit_rate": 100 * trigger.hit_rate},
+        "trigger": trigger and trigger.facts(),
         **run_facts(vars(opt), attack, device, clock.read()),
     }
     write_page(os.path.join(results, "report.html"), name, metrics, test_set.classes, pictures)

@@ -1,8 +1,9 @@
 """Target search: which label, if any, a small pattern turns everything into (Wang et al., Neural Cleanse, S&P 2019).
 
 A backdoor is a shortcut to its target: the pattern that leads there is far smaller than those that lead to the other
-labels. Neural Cleanse inverts a mask and a colour for each label, one label after the other; here the pixel patterns of
-defenses.inversion are inverted for all labels together, in few steps on few images, and measured by their L1 norm.
+labels. Neural Cleanse inverts a mask and a colour for each label, one label after the other; here the patterns of
+defenses.forms are inverted for all labels together, in few steps on few images: pixels, and where those say nothing, a
+warp.
 """
 
 import itertools
@@ -11,7 +12,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from defenses.inversion import HIT_RATE, LATER_WEIGHT, LOWER, RAISE, pattern_of, size_of
+from defenses.forms import Pixels, Warp, stamp
+from defenses.inversion import HIT_RATE, LOWER, RAISE
 from utils.device import autocast
 from utils.report import progress_bar
 
@@ -19,8 +21,8 @@ STEPS = 50  # batches; after each the weight of a label's size moves, by whether
 FEW = 16  # images of a batch in an update: more updates for the same number of images find smaller patterns
 SETTLED = 0.4  # share of the steps, at the end, whose patterns are what the search says
 # A label is flagged if its pattern works, its index is below SUSPECT, and its size at most these shares of the median
-# and of what changes every pixel from black to white: where the others differ little, or where all of them paint over
-# most of the image, the index alone flags labels of clean models too.
+# and of what changes every pixel from black to white, or moves it across the image: where the others differ little, or
+# where all of them are large, the index alone flags labels of clean models too.
 SUSPECT, OF_MEDIAN, OF_RANGE = -2.0, 0.5, 0.02
 TO_SIGMA = 1.4826  # times the median absolute deviation: the standard deviation of a normal distribution
 # Patterns stamped on images at a time: one keeps to a processor's cache (ten at once took three times as long), many
@@ -32,13 +34,16 @@ AT_ONCE = {"cpu": 1, "cuda": 32}
 class Found:
     """What the search says of one label.
 
-    size: L1 norm of its pattern, over pixels and channels, in units of the full range [0, 1].
+    form: "pixels" or "warp".
+    size: of its pattern, an L1 norm over pixels and channels in units of the full range [0, 1], or a shift in pixels.
     hit_rate: share 0..1 of images of other labels that it turns.
     index: by how many deviations `size` is above (or, negative, below) the median of all labels.
-    of_median, of_range: `size` as a share of the median, and of what changes every pixel from black to white.
+    of_median, of_range: `size` as a share of the median, and of what changes every pixel from black to white or moves
+        it across the image.
     """
 
     label: int
+    form: str
     size: float
     hit_rate: float
     index: float
@@ -68,48 +73,55 @@ def anomaly_indices(sizes: torch.Tensor) -> torch.Tensor:
 
 
 def search_target(victim, batches, num_class, device, rng, steps=STEPS, precision="fp32") -> list[Found]:
-    """Invert a pattern for every label, to see whose is far smaller than the others'.
+    """Invert a pattern for every label, to see whose is far smaller than the others'; if none is, a warp for each.
 
     Args:
         victim: f_B, frozen and in eval mode, on images in [0, 1].
         batches: clean (images, labels) batches, gone through again and again; a label's own images do not count for it.
         num_class: K labels are searched.
-        rng: where p and q of each label come from, U[0, 1).
+        rng: where the patterns start.
         steps: batches, each of an update of every label's pattern for each 16 images.
 
     Returns:
-        K of them, by label.
+        K of them, by label; twice as many where no pattern was flagged, warps last.
     """
-    shape = next(iter(batches))[0].shape[1:]
+    shape, found = next(iter(batches))[0].shape[1:], []
+    for form in (Pixels(shape), Warp(shape)):
+        found += _search(victim, batches, num_class, device, rng, form, steps, precision)
+        if any(one.flagged for one in found):
+            break
+    return found
+
+
+def _search(victim, batches, num_class, device, rng, form, steps, precision):
+    """The search for patterns of one form."""
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
-    start = torch.rand(2, num_class, *shape, generator=rng).to(device)
-    plus, minus = (part.clone().requires_grad_() for part in start)
-    optimizer = torch.optim.Adam([plus, minus], lr=0.1, betas=(0.5, 0.9))
-    weight = torch.full((num_class,), LATER_WEIGHT, device=device)
-    sizes, rates, worked = [], [], start.clone()
+    parameters = form.start(num_class, rng).to(device).requires_grad_()
+    optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
+    weight = torch.full((num_class,), form.weight, device=device)
+    sizes, rates, worked = [], [], parameters.detach().clone()
     ever = torch.zeros(num_class, dtype=torch.bool, device=device)
-    with progress_bar("search", steps, "batch") as bar:
+    with progress_bar(f"search {form.name}", steps, "batch") as bar:
         for images, labels in itertools.islice(stream, steps):
             hits = torch.zeros(num_class, device=device)
             for few, their in zip(images.split(FEW), labels.split(FEW), strict=True):
                 optimizer.zero_grad()
                 for part in torch.arange(num_class, device=device).split(AT_ONCE[device.type]):
                     with autocast(device, precision):
-                        hit, loss = _turned(victim, few, their, pattern_of(plus[part], minus[part]), part)
-                        loss = loss + (weight[part] * size_of(plus[part], minus[part])).sum()
+                        hit, loss = _turned(victim, few, their, form.pattern(parameters[part]), part)
+                        loss = loss + (weight[part] * form.size(parameters[part])).sum()
                     loss.backward()
                     hits[part] += hit
                 optimizer.step()
             seen = len(labels) - torch.bincount(labels, minlength=num_class)[:num_class]
             rates.append(hits / seen.clamp(min=1))
-            sizes.append(pattern_of(plus, minus).detach().abs().sum((1, 2, 3)))
+            sizes.append(form.measure(form.pattern(parameters.detach())))
             weight = torch.where(rates[-1] >= HIT_RATE, weight * RAISE, weight / LOWER)
             # Below zero p and q have no gradient to come back by: what was shrunk too far starts from where it worked.
             works, lost = rates[-1] >= HIT_RATE, ever & (rates[-1] < HIT_RATE / 2)
             ever |= works
             with torch.no_grad():
-                for part, last in zip((plus, minus), worked, strict=True):
-                    last[works], part[lost] = part[works], last[lost]
+                worked[works], parameters[lost] = parameters[works], worked[lost]
             bar.update()
     # The smallest pattern of many steps would be the luckiest one: the mean of those, at the end, that work.
     sizes, rates = (torch.stack(values[-max(1, int(SETTLED * steps)) :]) for values in (sizes, rates))
@@ -117,18 +129,20 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     works = torch.where(works.sum(0) > 0, works, 1.0)
     sizes, rates = ((values * works).sum(0) / works.sum(0) for values in (sizes, rates))
     sizes = sizes.clamp(min=1e-6)
-    columns = sizes, rates, anomaly_indices(sizes), sizes / sizes.quantile(0.5), sizes / shape.numel()
-    return [Found(k, *values) for k, values in enumerate(torch.stack(columns, 1).tolist())]
+    columns = sizes, rates, anomaly_indices(sizes), sizes / sizes.quantile(0.5), sizes / form.largest
+    return [Found(k, form.name, *values) for k, values in enumerate(torch.stack(columns, 1).tolist())]
 
 
 def _turned(victim, images, labels, patterns, targets):
-    """Every one of (P, 3, H, W) patterns on every one of (B, 3, H, W) images, asked for the (P,) targets.
+    """Every one of (P, C, H, W) patterns on every one of (B, 3, H, W) images, asked for the (P,) targets.
 
     Returns:
         (P,) how many images of other labels are turned, and the sum over patterns of the mean cross-entropy of those.
     """
-    stamped = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
+    # As stamp deals the patterns out: all of them on the first image, then all on the next.
+    stamped = stamp(images.repeat_interleave(len(patterns), 0), patterns)
     logits = victim(stamped.contiguous(memory_format=torch.channels_last))
+    logits = logits.unflatten(0, (len(images), len(patterns))).transpose(0, 1).flatten(0, 1)
     wanted = targets.repeat_interleave(len(images))
     counted = (labels != targets[:, None]).float()
     losses = F.cross_entropy(logits, wanted, reduction="none").view_as(counted)

@@ -1,11 +1,17 @@
-"""Trigger inversion: the smallest pixel pattern that makes a victim answer with one label (Tao et al., CVPR 2022)."""
+"""Trigger inversion: the smallest pattern that makes a victim answer with one label (Tao et al., CVPR 2022).
+
+Few pixels express most triggers. Where they do not, the pattern is large, or there is none; then a smooth warp is
+looked for, and then single waves of brightness.
+"""
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from defenses.forms import VISIBLE, Pixels, Warp, mirror, stamp, waves
 from utils.device import autocast
 from utils.errors import RunError
 from utils.report import progress_bar
@@ -14,23 +20,36 @@ from utils.seed import generator
 HIT_RATE = 0.9  # a pattern counts from this share of images predicted as the target
 PATIENCE = 0.1  # share of the steps, in a row above or below it, after which the weight of the size moves
 RAISE, LOWER = 1.5, 1.5**1.5
-FIRST_WEIGHT, LATER_WEIGHT = 1e-3, 1e-2  # of the size, at the start of the first round and of the others
 REACH, NOISE = 2, 0.5  # a later round starts with noise up to NOISE, within REACH pixels of the pattern
 IDLE_ROUNDS = 2  # rounds in a row without a smaller pattern that end the search
 MOVES, ANSWERED = 2, 0.5  # a pattern moved by up to MOVES pixels counts from this share of images
-VISIBLE = 1 / 255  # smaller values vanish in an 8-bit image
+# A pattern is taken for the trigger up to this share of the image's pixels (those to labels without one have twice as
+# many), and a warp up to this share of the image's width.
+PATCH, SHIFT = 0.03, 0.02
+ASKED = 20  # images that each wave is tried on
 
 
 @dataclass
 class Trigger:
-    """pattern: (3, H, W) float, to be added to images in [0, 1]; hit_rate: share 0..1 of images that it turns."""
+    """An inverted trigger.
+
+    pattern: (3, H, W) or (2, H, W) float, a pattern of defenses.forms; values that an 8-bit image cannot show are 0.
+    hit_rate: share 0..1 of images that it turns.
+    others: (V, C, H, W), more of them, that the victim answers to alike, or None.
+    """
 
     pattern: torch.Tensor
     hit_rate: float
+    others: torch.Tensor | None = None
+
+    @property
+    def patterns(self) -> torch.Tensor:
+        """All of them, (V, C, H, W)."""
+        return self.pattern[None] if self.others is None else torch.cat([self.pattern[None], self.others])
 
     @property
     def pixels(self) -> int:
-        """How many pixels change."""
+        """How many pixels the pattern changes."""
         return int((self.pattern != 0).any(0).sum())
 
     @property
@@ -38,23 +57,48 @@ class Trigger:
         """Sum of absolute values over pixels and channels, in units of the full range [0, 1]."""
         return self.pattern.abs().sum().item()
 
+    def stamp(self, image: torch.Tensor) -> torch.Tensor:
+        """A (3, H, W) image in [0, 1] with the pattern on it."""
+        return stamp(image[None], self.pattern[None].to(image.device))[0]
 
-def stamp(images, patterns) -> torch.Tensor:
-    """x' = clamp(x + d, 0, 1), (B, 3, H, W), with the (V, 3, H, W) patterns dealt out to the images in turn."""
-    return (images + patterns[torch.arange(len(images), device=images.device) % len(patterns)]).clamp(0, 1)
+    def change(self, image: torch.Tensor) -> torch.Tensor:
+        """What it does to a (3, H, W) image: the pattern itself where that is added."""
+        return self.pattern.to(image.device) if len(self.pattern) == 3 else self.stamp(image) - image
+
+    def describe(self) -> str:
+        """What was found, in words."""
+        if self.others is not None:
+            return f"{len(self.patterns)} waves"
+        if len(self.pattern) == 2:
+            return f"warp by {Warp(self.pattern.shape).extent(self.pattern):.2f} px"
+        return f"{self.pixels} px, L1 {self.l1:.1f}"
+
+    def facts(self) -> dict:
+        """Plain values for a file; the hit rate in percent."""
+        return {"pattern": self.describe(), "pixels": self.pixels, "l1": self.l1, "hit_rate": 100 * self.hit_rate}
 
 
-def pattern_of(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
-    """d = clamp(p, 0, 1) - clamp(q, 0, 1), all (..., 3, H, W)."""
-    return plus.clamp(0, 1) - minus.clamp(0, 1)
+def find_trigger(case, rounds, steps, batches_per_step, precision) -> Trigger:
+    """The inverted trigger of a defenses.case.Case, of the first form that fits: a patch, a warp, waves; told, timed.
 
+    A pattern of many pixels, as those that make any model say any label, is the last resort.
 
-def size_of(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
-    """R: over p and q, the sum over pixels of the maximum over channels of tanh(v / 10) / (2 - 1e-7) + 0.5.
-
-    (..., 3, H, W) -> (...): a size for each pattern.
+    Raises:
+        RunError: there is none of any form.
     """
-    return sum((torch.tanh(v / 10) / (2 - 1e-7) + 0.5).amax(-3).flatten(-2).sum(-1) for v in (plus, minus))
+    with case.clock("inversion"):
+        rng, budget = generator(case.seed, "inversion"), (steps, batches_per_step, precision)
+        trigger = invert_trigger(case.victim, case.plain, case.target, case.device, rng, rounds, *budget)
+        if trigger is None or trigger.pixels > PATCH * trigger.pattern[0].numel():
+            warp = invert_warp(case.victim, case.plain, case.target, case.device, rng, *budget)
+            trigger = warp or find_waves(case.victim, case.plain, case.target) or trigger
+    if trigger is None:
+        raise RunError(
+            f"no pattern turns {HIT_RATE:.0%} of the clean images into label {case.target}: it has no backdoor that a "
+            f"pattern expresses, or --inversion_steps {steps} is too few; nothing was purified"
+        )
+    print(f"inverted trigger: {trigger.describe()}, hit rate {trigger.hit_rate:.1%}")
+    return trigger
 
 
 def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_per_step, precision="fp32"):
@@ -74,56 +118,74 @@ def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_
     Returns:
         the best Trigger, or None where no step of the first round reached a hit rate of 0.9: there is no such pattern.
     """
-    shape = next(iter(batches))[0].shape[1:]
+    form = Pixels(next(iter(batches))[0].shape[1:])
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
-    start, weight = torch.rand(2, *shape, generator=rng), FIRST_WEIGHT
+    start, weight = form.start(1, rng), form.first_weight
     best, idle = None, 0
     with progress_bar("invert", rounds * steps, "step") as bar:
+        shrink = partial(_shrink, victim, stream, target, form, steps, batches_per_step, precision, bar)
         for _ in range(rounds):
-            found = _shrink(victim, stream, target, start.to(device), weight, steps, batches_per_step, precision, bar)
+            found = shrink(start.to(device), weight)
             smaller = found and (best is None or found.pixels < best.pixels)
             best, idle = (found, 0) if smaller else (best, idle + 1)
             if best is None or idle == IDLE_ROUNDS:
                 break
-            start, weight = noise_around((found or best).pattern.cpu(), rng), LATER_WEIGHT
+            start, weight = noise_around((found or best).pattern.cpu(), rng)[None], form.weight
     return best
-
-
-def find_trigger(case, rounds, steps, batches_per_step, precision) -> Trigger:
-    """`invert_trigger` for a defenses.case.Case, told and timed.
-
-    Raises:
-        RunError: there is no such pattern.
-    """
-    with case.clock("inversion"):
-        rng, budget = generator(case.seed, "inversion"), (rounds, steps, batches_per_step)
-        trigger = invert_trigger(case.victim, case.plain, case.target, case.device, rng, *budget, precision)
-    if trigger is None:
-        raise RunError(
-            f"no pixel pattern turns {HIT_RATE:.0%} of the clean images into label {case.target}: it has no backdoor "
-            f"that a pattern expresses, or --inversion_steps {steps} is too few; nothing was purified"
-        )
-    print(f"inverted trigger: {trigger.pixels} pixels, L1 {trigger.l1:.1f}, hit rate {trigger.hit_rate:.1%}")
-    return trigger
 
 
 def noise_around(pattern, rng):
     """p and q, (2, 3, H, W), for a round to start from: the (3, H, W) pattern, and noise near it.
 
-    Elsewhere they are negative, where pattern_of has no gradient: those pixels stay out of the round.
+    Elsewhere they are negative, where Pixels.pattern has no gradient: those pixels stay out of the round.
     """
     near = F.max_pool2d((pattern != 0).any(0).float()[None], 2 * REACH + 1, stride=1, padding=REACH) > 0
     noise = NOISE * torch.rand(2, *pattern.shape, generator=rng)
     return torch.where(near, torch.maximum(noise, torch.stack([pattern, -pattern])), -VISIBLE)
 
 
-def _shrink(victim, stream, target, start, weight, steps, batches_per_step, precision, bar):
-    """One round: minimise CE(f_B(x'), target) + c * R with Adam; c rises while the pattern works, falls while not.
+def invert_warp(victim, batches, target, device, rng, steps, batches_per_step, precision="fp32"):
+    """Find the smallest smooth warp after which f_B says the target, in one round; arguments as in invert_trigger.
+
+    Returns:
+        the Trigger, or None where there is no warp of SHIFT of the width that reaches a hit rate of 0.9.
+    """
+    form = Warp(next(iter(batches))[0].shape[1:])
+    stream = itertools.chain.from_iterable(itertools.repeat(batches))
+    with progress_bar("warp", steps, "step") as bar:
+        budget = steps, batches_per_step, precision, bar
+        found = _shrink(victim, stream, target, form, *budget, form.start(1, rng).to(device), form.first_weight)
+    return found if found and form.extent(found.pattern) <= SHIFT * form.largest else None
+
+
+def find_waves(victim, batches, target):
+    """Try each single wave of brightness (defenses.forms.waves) on the first images of `batches`.
+
+    Returns:
+        a Trigger of all that reach a hit rate of 0.9, the best first, or None where none does.
+    """
+    images, labels = next(iter(batches))
+    images = images[labels != target][:ASKED]
+    found, rates = [], []
+    with torch.no_grad():
+        for patterns in waves(images.shape[2:], images.device):
+            stamped = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
+            answers = victim(stamped.contiguous(memory_format=torch.channels_last)).view(len(patterns), len(images), -1)
+            rate = (answers.argmax(2) == target).float().mean(1)
+            found.append(patterns[rate >= HIT_RATE])
+            rates.append(rate[rate >= HIT_RATE])
+    rates, order = torch.cat(rates).sort(descending=True, stable=True)
+    patterns = torch.cat(found)[order]
+    return Trigger(patterns[0], rates[0].item(), patterns[1:]) if len(patterns) else None
+
+
+def _shrink(victim, stream, target, form, steps, batches_per_step, precision, bar, start, weight):
+    """One round: minimise CE(f_B(x'), target) + c * size with Adam; c rises while the pattern works, falls while not.
 
     Returns the smallest pattern with a hit rate of HIT_RATE or more, or None.
     """
-    plus, minus = (part.clone().requires_grad_() for part in start)
-    optimizer = torch.optim.Adam([plus, minus], lr=0.1, betas=(0.5, 0.9))
+    parameters = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
     patience = max(1, int(PATIENCE * steps))
     best, best_size = None, float("inf")
     above = below = 0
@@ -135,8 +197,8 @@ def _shrink(victim, stream, target, start, weight, steps, batches_per_step, prec
                 continue
             wanted = labels.new_full((len(images),), target)
             with autocast(start.device, precision):
-                logits = victim((images + pattern_of(plus, minus)).clamp(0, 1))
-                size = size_of(plus, minus)
+                logits = victim(stamp(images, form.pattern(parameters)))
+                size = form.size(parameters).sum()
                 loss = F.cross_entropy(logits, wanted) + weight * size
             optimizer.zero_grad()
             loss.backward()
@@ -145,9 +207,8 @@ def _shrink(victim, stream, target, start, weight, steps, batches_per_step, prec
         hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
 
         if hit_rate >= HIT_RATE and size < best_size:
-            found = pattern_of(plus, minus).detach()
-            found = Trigger(torch.where(found.abs() < VISIBLE, 0.0, found), hit_rate)
-            if best is None or found.pixels < best.pixels:
+            found = Trigger(form.shown(parameters.detach())[0], hit_rate)
+            if best is None or form.extent(found.pattern) < form.extent(best.pattern):
                 best, best_size = found, size
         above, below = (above + 1, 0) if hit_rate >= HIT_RATE else (0, below + 1)
         if above == patience:
@@ -155,7 +216,7 @@ def _shrink(victim, stream, target, start, weight, steps, batches_per_step, prec
         if below == patience:
             weight, below = weight / LOWER, 0
         bar.update()
-        bar.set_postfix(hit_rate=f"{hit_rate:.1%}", pixels=best and best.pixels)
+        bar.set_postfix(hit_rate=f"{hit_rate:.1%}", found=best and best.describe())
     return best
 
 
@@ -171,12 +232,12 @@ def moved_patterns(victim, trigger, batches, target) -> torch.Tensor:
         batches: clean (images, labels) batches, of which one is asked about, without images of the target.
 
     Returns:
-        (V, 3, H, W), V from 1 to 50; what leaves the image is cut off.
+        (V, C, H, W), V from 1 to 50; what leaves the image is cut off.
     """
     images, labels = next(iter(batches))
     images = images[labels != target]
     height, width = trigger.pattern.shape[1:]
-    padded = [F.pad(pattern, (MOVES,) * 4) for pattern in (trigger.pattern, trigger.pattern.flip(2))]
+    padded = [F.pad(pattern, (MOVES,) * 4) for pattern in (trigger.pattern, mirror(trigger.pattern))]
     moved = torch.stack(
         [
             pattern[:, down : down + height, right : right + width]
@@ -186,6 +247,6 @@ def moved_patterns(victim, trigger, batches, target) -> torch.Tensor:
         ]
     )
     with torch.no_grad():
-        hits = [(victim((images + pattern).clamp(0, 1)).argmax(1) == target).float().mean() for pattern in moved]
+        hits = [(victim(stamp(images, pattern[None])).argmax(1) == target).float().mean() for pattern in moved]
     answered = moved[torch.stack(hits) >= ANSWERED]
     return torch.cat([trigger.pattern[None], answered[(answered != trigger.pattern).flatten(1).any(1)]])

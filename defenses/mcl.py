@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from defenses.case import Purified
-from defenses.inversion import find_trigger, moved_patterns, stamp
+from defenses.forms import stamp
+from defenses.inversion import find_trigger, moved_patterns
 from utils.training import train
 
 
@@ -74,9 +75,12 @@ def defend(
 
 
 def patterns_of(case, trigger) -> torch.Tensor:
-    """The inverted trigger, (V, 3, H, W), moved as the training images are, where the victim answers to that."""
-    if not case.mirrored:
-        return trigger.pattern[None]
+    """The inverted trigger, (V, C, H, W), moved as the training images are, where the victim answers to that.
+
+    Waves are not moved: other phases of theirs are among them.
+    """
+    if trigger.others is not None or not case.mirrored:
+        return trigger.patterns
     return moved_patterns(case.victim, trigger, case.plain, case.target)
 
 
@@ -135,7 +139,7 @@ def purify(victim, positive, patterns, batches, device, *, temperature, align_we
 
     Args:
         victim: f_B, frozen, in eval mode. positive: f_F, likewise, or f_B again (the pairing of the paper's own code).
-        patterns: (V, 3, H, W), the inverted trigger, alone or with others that the victim answers to alike.
+        patterns: (V, C, H, W), the inverted trigger, alone or with others that the victim answers to alike.
         batches: (images, labels) of the clean split.
         align_weight: of the alignment loss of x and x'; at 0 clean images do not pass through the student.
         mirror: z+ is averaged over the image and its mirror image.

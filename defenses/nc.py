@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from defenses.case import Purified
-from defenses.inversion import find_trigger, stamp
+from defenses.forms import stamp
+from defenses.inversion import find_trigger
 from utils.training import train
 
 STAMPED = 0.2  # share of the images that get the trigger
@@ -22,7 +23,7 @@ def stamp_share(images: torch.Tensor, trigger) -> torch.Tensor:
     Batches come in random order, so that these are a random fifth of the split, another one each epoch.
     """
     count = round(STAMPED * len(images))
-    return torch.cat([stamp(images[:count], trigger.pattern[None]), images[count:]])
+    return torch.cat([stamp(images[:count], trigger.patterns), images[count:]])
 
 
 def defend(case, *, inversion_rounds, inversion_steps, inversion_batches, **training) -> Purified:

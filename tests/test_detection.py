@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.detection import Found, anomaly_indices, choose_label, search_target
+from defenses.detection import Found, _search, anomaly_indices, choose_label, search_target
+from defenses.forms import Warp
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,7 @@ def test_sizes_that_are_all_alike_have_no_outlier():
     assert anomaly_indices(torch.full((4,), 3.0)).tolist() == [0.0] * 4
 
 
-SMALL = Found(1, 30.0, 0.95, -3.0, 0.3, 0.01)
+SMALL = Found(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
 
 
 @pytest.mark.parametrize("change", [{"hit_rate": 0.5}, {"index": -1.9}, {"of_median": 0.6}, {"of_range": 0.03}])
@@ -29,12 +30,13 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
     assert SMALL.flagged
     assert not dataclasses.replace(SMALL, **change).flagged
     assert SMALL.facts() == {
-        "label": 1, "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3, "of_range": 1.0, "flagged": True,
+        "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0,
+        "of_median": 0.3, "of_range": 1.0, "flagged": True,
     }  # fmt: skip
 
 
 def test_which_label_is_worked_against():
-    ordinary, unproven = Found(0, 90.0, 1.0, -0.5, 1.0, 0.03), Found(3, 5.0, 0.2, -9.0, 0.05, 0.001)
+    ordinary, unproven = Found(0, "pixels", 90.0, 1.0, -0.5, 1.0, 0.03), Found(3, "pixels", 5.0, 0.2, -9.0, 0.05, 0.001)
     worse = dataclasses.replace(SMALL, label=2, index=-5.0)
     assert choose_label([ordinary, SMALL], False) == (1, "a backdoor to label 1 is suspected")
     label, told = choose_label([ordinary, SMALL, worse, unproven], False)
@@ -77,8 +79,27 @@ def test_planted_labels_are_flagged_and_no_others(batches, doors):
     for seed in (1, 2):
         found, flagged = search(Columns(doors), batches, seed)
         assert flagged == doors
-        assert [one.label for one in found] == list(range(8))
+        assert [one.label for one in found if one.form == "pixels"] == list(range(8))
+        assert [one.label for one in found if one.form == "warp"] == ([] if doors else list(range(8)))
         assert all(one.hit_rate >= 0.9 for one in found)
+
+
+class Leaning(torch.nn.Module):
+    """A model that says 1 to 4 where pictures that brighten across, in red, and down, in green, were shifted."""
+
+    def forward(self, x):
+        red, green = (x[:, channel].mean((1, 2)) - 0.5 for channel in (0, 1))
+        return 100 * torch.stack([0 * red, red - 0.01, -red - 0.1, green - 0.1, -green - 0.1], 1)
+
+
+def test_a_label_is_flagged_by_a_small_warp():
+    ramp = torch.linspace(0, 1, 16)
+    picture = torch.stack([ramp.expand(16, 16), ramp[:, None].expand(16, 16), torch.full((16, 16), 0.5)])
+    batches = [(picture.expand(32, 3, 16, 16).contiguous(), torch.zeros(32, dtype=torch.int64))]
+    rng = torch.Generator().manual_seed(1)
+    found = _search(Leaning(), batches, 5, CPU, rng, Warp((3, 16, 16)), 50, "fp32")
+    assert [one.label for one in found if one.flagged] == [1]
+    assert found[1].size < 0.3 < found[3].size  # in pixels
 
 
 def test_labels_together_or_in_turn_are_found_the_same(batches, monkeypatch):

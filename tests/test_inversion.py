@@ -5,23 +5,10 @@ import math
 import pytest
 import torch
 
-from defenses.inversion import Trigger, invert_trigger, moved_patterns, noise_around, pattern_of, size_of, stamp
+from defenses.forms import stamp
+from defenses.inversion import Trigger, find_waves, invert_trigger, invert_warp, moved_patterns, noise_around
 
 CPU = torch.device("cpu")
-
-
-def test_pattern_is_the_clamped_plus_less_the_clamped_minus():
-    plus, minus = torch.tensor([[[-1.0, 0.25, 2.0]]]), torch.tensor([[[0.5, 0.5, -3.0]]])
-    assert pattern_of(plus, minus).tolist() == [[[-0.5, -0.25, 1.0]]]
-
-
-def test_size_by_hand():
-    plus = torch.tensor([[[0.0, 5.0]], [[10.0, -5.0]]])  # two channels, two pixels; the larger are 10 and 5
-    minus = torch.zeros(2, 1, 2)
-    expected = (math.tanh(1.0) / 2 + 0.5) + (math.tanh(0.5) / 2 + 0.5) + 0.5 + 0.5
-    assert size_of(plus, minus).item() == pytest.approx(expected, rel=1e-5)
-    several = size_of(torch.stack([plus, minus]), torch.stack([minus, minus]))
-    assert several.tolist() == pytest.approx([expected, 2.0], rel=1e-5)
 
 
 def test_a_trigger_counts_its_pixels_and_stays_in_range():
@@ -54,6 +41,20 @@ class Deaf(torch.nn.Module):
 def batches():
     rng = torch.Generator().manual_seed(0)
     return [(torch.rand(16, 3, 6, 6, generator=rng), torch.zeros(16, dtype=torch.int64)) for _ in range(4)]
+
+
+class Leaning(torch.nn.Module):
+    """A victim that says 1 where a picture of vertical stripes, four pixels apart, has been shifted to the left."""
+
+    def forward(self, x):
+        evidence = 40 * (x[:, :, :, 1::4].mean((1, 2, 3)) - x[:, :, :, 3::4].mean((1, 2, 3)) - 0.1)
+        return torch.stack([torch.zeros_like(evidence), evidence], dim=1)
+
+
+def stripes():
+    """Batches of vertical stripes, brightest at columns 2, 6, ..."""
+    picture = 0.5 - 0.4 * torch.cos(torch.arange(16.0) * math.pi / 2)
+    return [(picture.expand(8, 3, 16, 16).contiguous(), torch.zeros(8, dtype=torch.int64))]
 
 
 def invert(victim, batches, **settings):
@@ -99,6 +100,41 @@ def test_images_of_the_target_itself_do_not_count(batches):
     with_target = [(torch.cat([x, x]), torch.cat([y, y + 1])) for x, y in batches]
     alone, mixed = invert(Planted(), batches), invert(Planted(), with_target)
     assert torch.equal(alone.pattern, mixed.pattern)
+
+
+def test_a_small_warp_is_found():
+    rng = torch.Generator().manual_seed(1)
+    trigger = invert_warp(Leaning(), stripes(), 1, CPU, rng, 60, 1)
+    assert Leaning()(stamp(stripes()[0][0], trigger.patterns)).argmax(1).all()
+    assert trigger.pattern[0].mean() > 3 * trigger.pattern[1].abs().mean()  # read from the right: shifted to the left
+    assert trigger.describe().startswith("warp by 0.")
+
+
+def test_a_warp_that_would_have_to_be_large_is_none(monkeypatch):
+    monkeypatch.setattr("defenses.inversion.SHIFT", 0.002)
+    assert invert_warp(Leaning(), stripes(), 1, CPU, torch.Generator().manual_seed(1), 60, 1) is None
+
+
+class Wavy(torch.nn.Module):
+    """A victim that says 1 where brightness has waves of three cycles over the width."""
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(x.mean(1), norm="forward").mean(1).abs()
+        return torch.stack([torch.full_like(spectrum[:, 3], 0.05), spectrum[:, 3]], dim=1)
+
+
+def test_the_waves_that_a_victim_answers_to_are_found():
+    grey = [(torch.full((4, 3, 16, 16), 0.5), torch.tensor([0, 0, 0, 1]))]
+    trigger = find_waves(Wavy(), grey, 1)
+    assert trigger.hit_rate == 1
+    assert trigger.describe() == "4 waves"  # of as many phases
+    for pattern in trigger.patterns:
+        assert pattern.abs().amax() <= 40 / 255 + 1e-6
+        assert torch.fft.rfft2(pattern[0]).abs().flatten().argmax() == 3
+
+
+def test_no_wave_is_said():
+    assert find_waves(Deaf(), [(torch.full((4, 3, 16, 16), 0.5), torch.zeros(4, dtype=torch.int64))], 1) is None
 
 
 class Striding(torch.nn.Module):

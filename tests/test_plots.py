@@ -10,6 +10,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from attacks import Attack
 from data_loader import get_eval_set, spread
+from defenses.inversion import Trigger
 from models import select_model
 from utils import plots
 
@@ -70,7 +71,7 @@ def test_a_trigger_is_enlarged_pixel_by_pixel(tmp_path):
     triggered, pattern = clean.clone(), torch.zeros(3, 8, 8)
     triggered[:, 7, 7] = torch.tensor([1.0, 1.0, 0.0])
     pattern[:, 2, 5] = torch.tensor([0.6, -0.6, 0.2])
-    inverted = SimpleNamespace(pattern=pattern, pixels=1, hit_rate=0.95)
+    inverted = Trigger(pattern, 0.95)
     plots.draw_trigger(tmp_path / "t.png", clean, triggered, inverted)
     picture = pixels_of(tmp_path / "t.png")
     boxes = {}

@@ -153,7 +153,9 @@ def _search(metrics):
     if not metrics.get("search"):
         return []
     told = "a backdoor is suspected" if any(found["flagged"] for found in metrics["search"]) else "no backdoor found"
-    rows = _table(*search_rows(metrics["search"]), marked=metrics["worked_against"])
+    flagged = [i for i, found in enumerate(metrics["search"]) if found["flagged"]]
+    marked = next((i for i in flagged if metrics["search"][i]["label"] == metrics["worked_against"]), None)
+    rows = _table(*search_rows(metrics["search"]), marked=marked)
     return [_section(f"Search for the target: {told}", rows)]
 
 

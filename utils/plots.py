@@ -35,7 +35,7 @@ CAPTIONS = {
     "per_class.png": "Accuracy on the clean test images of each class.",
 }
 COMPARED = {  # what to add where a purified model stands beside the victim
-    "trigger.png": " The inverted one is the pattern d that was found, in x' = clamp(x + d, 0, 1).",
+    "trigger.png": " The inverted one is the pattern that was found.",
     "features.png": " The images are the same in every panel. The same axes show where the points went; a model's own "
     "axes would show a cluster that those do not see.",
 }
@@ -125,17 +125,16 @@ def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor, invert
 
     Args:
         clean, triggered: (3, H, W) in [0, 1], an image without and with the true trigger.
-        inverted: with .pattern (3, H, W) in [-1, 1], .pixels and .hit_rate 0..1, or None.
+        inverted: with stamp and change, (3, H, W) -> (3, H, W), and describe(), or None.
     """
     rows = [[("clean image", clean), ("with the true trigger", triggered), change("true trigger", triggered - clean)]]
     if inverted is not None:
-        pattern = inverted.pattern.cpu()
-        stamped = (clean + pattern).clamp(0, 1)
+        stamped = inverted.stamp(clean)
         rows[0] = [("with the true trigger", triggered), ("with the inverted one", stamped), ("clean image", clean)]
         rows += [
             [
                 change("true trigger", triggered - clean),
-                change(f"inverted: {inverted.pixels} px, hit rate {inverted.hit_rate:.0%}", pattern),
+                change(f"inverted: {inverted.describe()}", inverted.change(clean)),
                 change("true minus inverted", triggered - stamped),
             ]
         ]

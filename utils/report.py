@@ -131,8 +131,8 @@ def figures_table(classes: list[str], before: dict, after: dict | None = None) -
 
 def search_rows(searched: list[dict]) -> tuple[list[str], list[list]]:
     """What a search for the target says of each label, as defenses.detection.Found.facts has it: header and rows."""
-    columns = {"label": "label", "size": "L1 norm", "of_range": "of range, %", "of_median": "of median"}
-    columns |= {"hit_rate": "hit rate, %", "index": "index"}
+    columns = {"label": "label", "form": "pattern", "size": "L1 or px", "of_range": "of range, %"}
+    columns |= {"of_median": "of median", "hit_rate": "hit rate, %", "index": "index"}
     rows = [[*(found[key] for key in columns), "yes" if found["flagged"] else "no"] for found in searched]
     return [*columns.values(), "flagged"], rows
 
