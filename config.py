@@ -135,7 +135,7 @@ def _add_defense(parser):
     add("--defense", default="mcl", choices=[*DEFENSES, "none", "all"], help=told)
     add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
     add("--resume", action="store_true", help="go on with a comparison that was stopped")
-    own("target", label, "the label the defender works against; auto: search for it")
+    own("target", label, "the label the defender works against; auto: search for it; any: each image's own is left")
     own("force", None, "go on where the search flags no label", action="store_const", const=True)
     own("inversion_rounds", positive, "searches, each near where the last ended; published: 1")
     own("inversion_steps", positive, "in a round; each ends with a look at the pattern")
@@ -286,8 +286,8 @@ def _number(kind, allowed, told):
 
 
 def label(text):
-    """An argparse type: "auto", or a label."""
-    return text if text == "auto" else _number(int, lambda n: n >= 0, "auto or a label, 0 or more")(text)
+    """An argparse type: "auto", "any", or a label."""
+    return text if text in ("auto", "any") else _number(int, lambda n: n >= 0, "auto, any, or a label, 0 or more")(text)
 
 
 positive = _number(int, lambda n: n >= 1, "1 or more")

@@ -17,6 +17,7 @@ from attacks import Attack
 from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images, spread
 from defenses import DEFENSES, Case
 from defenses.detection import choose_label, search_target
+from defenses.inversion import ANY, label_name
 from models import load_model
 from utils.board import open_board
 from utils.checkpoint import read_checkpoint, save_checkpoint
@@ -90,7 +91,7 @@ def run(opt, given, name) -> dict:
         victim, attack, facts = load_victim(opt, given, path, test_set, device)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
-        if opt.target not in (None, "auto") and opt.target >= attack.num_class:
+        if isinstance(opt.target, int) and opt.target >= attack.num_class:
             raise UserError(f"--target {opt.target} is not one of the labels 0..{attack.num_class - 1}")
         if opt.target == "auto" and attack.num_class < 3:
             raise UserError("a search sets one label against the others, which takes three or more; give --target")
@@ -99,7 +100,7 @@ def run(opt, given, name) -> dict:
         figures = {"before": evaluate(victim, test, attack, device)}
     models, curves, trigger = {"before": victim}, [], None
 
-    target, searched = opt.target, None
+    target, searched = ANY if opt.target == "any" else opt.target, None
     if target == "auto":
         with clock("detect"):
             rng = generator(opt.seed, "search")
@@ -108,7 +109,7 @@ def run(opt, given, name) -> dict:
         target, told = choose_label(searched, opt.force)
         print(told)
     if opt.defense != "none" and not (searched and target is None):
-        told = "" if target is None else f"; target {target}"
+        told = "" if target is None else f"; against {label_name(target)}"
         print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images{told}")
         look = watcher(split.watched, attack, device, opt.precision, opt.print_freq, log)
 
@@ -138,14 +139,15 @@ def run(opt, given, name) -> dict:
         few = spread(len(test_set.labels), SAMPLE)
         sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
         pictures = draw_run(results, test_set.classes, sample, attack, models, figures, curves, trigger)
+    worked_against = "any" if target == ANY else target
     metrics = {
         "model": path,
         "model_sha256": digest_file(path),
         "defense": opt.defense,
         "before": figures["before"],
         "after": figures.get("after"),
-        "detected_label": target if searched and any(found.flagged for found in searched) else None,
-        "worked_against": target,
+        "detected_label": worked_against if searched and any(found.flagged for found in searched) else None,
+        "worked_against": worked_against,
         "search": searched and [found.facts() for found in searched],
         "trigger": trigger and trigger.facts(),
         **run_facts(vars(opt), attack, device, clock.read()),

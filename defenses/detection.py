@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from defenses.forms import Pixels, Warp, stamp
-from defenses.inversion import HIT_RATE, LOWER, RAISE
+from defenses.inversion import ANY, HIT_RATE, LOWER, RAISE, label_name, loss_from
 from utils.device import autocast
 from utils.report import progress_bar
 
@@ -32,7 +32,7 @@ AT_ONCE = {"cpu": 1, "cuda": 32}
 
 @dataclass(frozen=True)
 class Found:
-    """What the search says of one label.
+    """What the search says of one label, or of ANY other than an image's own.
 
     form: "pixels" or "warp".
     size: of its pattern, an L1 norm over pixels and channels in units of the full range [0, 1], or a shift in pixels.
@@ -59,17 +59,20 @@ class Found:
     def facts(self) -> dict:
         """Plain values for a file or a table; hit rate and share of the range in percent."""
         percent = {"hit_rate": 100 * self.hit_rate, "of_range": 100 * self.of_range}
+        if self.label == ANY:
+            percent["label"] = "any"
         return asdict(self) | percent | {"flagged": self.flagged}
 
 
-def anomaly_indices(sizes: torch.Tensor) -> torch.Tensor:
-    """(s - median) / (1.4826 MAD) of the logarithms s of (K,) sizes: Neural Cleanse's anomaly index (section IV-B).
+def anomaly_indices(sizes: torch.Tensor, num_class: int) -> torch.Tensor:
+    """(s - median) / (1.4826 MAD) of the logarithms s of sizes, (K,) or more: Neural Cleanse's anomaly index (IV-B).
 
-    It has its sign: above 2 and below the median there is below -2 here. Sizes differ by factors, and none is below
-    zero: among sizes from 100 to 350, one of 12 is no outlier, among their logarithms it is.
+    Median and deviation are those of the first K. The index has its sign: above 2 and below the median there is below
+    -2 here. Sizes differ by factors, and none is below zero: among sizes from 100 to 350, one of 12 is no outlier,
+    among their logarithms it is.
     """
-    distance = sizes.log() - sizes.log().quantile(0.5)
-    return distance / (TO_SIGMA * distance.abs().quantile(0.5)).clamp(min=1e-6)
+    distance = sizes.log() - sizes[:num_class].log().quantile(0.5)
+    return distance / (TO_SIGMA * distance[:num_class].abs().quantile(0.5)).clamp(min=1e-6)
 
 
 def search_target(victim, batches, num_class, device, rng, steps=STEPS, precision="fp32") -> list[Found]:
@@ -83,7 +86,7 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
         steps: batches, each of an update of every label's pattern for each 16 images.
 
     Returns:
-        K of them, by label; twice as many where no pattern was flagged, warps last.
+        K of them, by label, and one of ANY; twice as many where no pattern was flagged, warps last.
     """
     shape, found = next(iter(batches))[0].shape[1:], []
     for form in (Pixels(shape), Warp(shape)):
@@ -94,26 +97,27 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
 
 
 def _search(victim, batches, num_class, device, rng, form, steps, precision):
-    """The search for patterns of one form."""
+    """The search for patterns of one form: a row a label, and one of ANY."""
+    targets = torch.tensor([*range(num_class), ANY], device=device)
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
-    parameters = form.start(num_class, rng).to(device).requires_grad_()
+    parameters = torch.cat([form.start(num_class, rng), form.start(1, rng)]).to(device).requires_grad_()
     optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
-    weight = torch.full((num_class,), form.weight, device=device)
+    weight = torch.full(targets.shape, form.weight, device=device)
     sizes, rates, worked = [], [], parameters.detach().clone()
-    ever = torch.zeros(num_class, dtype=torch.bool, device=device)
+    ever = torch.zeros_like(targets, dtype=torch.bool)
     with progress_bar(f"search {form.name}", steps, "batch") as bar:
         for images, labels in itertools.islice(stream, steps):
-            hits = torch.zeros(num_class, device=device)
+            hits = torch.zeros_like(weight)
             for few, their in zip(images.split(FEW), labels.split(FEW), strict=True):
                 optimizer.zero_grad()
-                for part in torch.arange(num_class, device=device).split(AT_ONCE[device.type]):
+                for part in torch.arange(len(targets), device=device).split(AT_ONCE[device.type]):
                     with autocast(device, precision):
-                        hit, loss = _turned(victim, few, their, form.pattern(parameters[part]), part)
+                        hit, loss = _turned(victim, few, their, form.pattern(parameters[part]), targets[part])
                         loss = loss + (weight[part] * form.size(parameters[part])).sum()
                     loss.backward()
                     hits[part] += hit
                 optimizer.step()
-            seen = len(labels) - torch.bincount(labels, minlength=num_class)[:num_class]
+            seen = (labels != targets[:, None]).sum(1)
             rates.append(hits / seen.clamp(min=1))
             sizes.append(form.measure(form.pattern(parameters.detach())))
             weight = torch.where(rates[-1] >= HIT_RATE, weight * RAISE, weight / LOWER)
@@ -129,8 +133,10 @@ def _search(victim, batches, num_class, device, rng, form, steps, precision):
     works = torch.where(works.sum(0) > 0, works, 1.0)
     sizes, rates = ((values * works).sum(0) / works.sum(0) for values in (sizes, rates))
     sizes = sizes.clamp(min=1e-6)
-    columns = sizes, rates, anomaly_indices(sizes), sizes / sizes.quantile(0.5), sizes / form.largest
-    return [Found(k, form.name, *values) for k, values in enumerate(torch.stack(columns, 1).tolist())]
+    median = sizes[:num_class].quantile(0.5)
+    columns = sizes, rates, anomaly_indices(sizes, num_class), sizes / median, sizes / form.largest
+    rows = torch.stack(columns, 1).tolist()
+    return [Found(label, form.name, *values) for label, values in zip(targets.tolist(), rows, strict=True)]
 
 
 def _turned(victim, images, labels, patterns, targets):
@@ -142,26 +148,32 @@ def _turned(victim, images, labels, patterns, targets):
     # As stamp deals the patterns out: all of them on the first image, then all on the next.
     stamped = stamp(images.repeat_interleave(len(patterns), 0), patterns)
     logits = victim(stamped.contiguous(memory_format=torch.channels_last))
-    logits = logits.unflatten(0, (len(images), len(patterns))).transpose(0, 1).flatten(0, 1)
-    wanted = targets.repeat_interleave(len(images))
-    counted = (labels != targets[:, None]).float()
-    losses = F.cross_entropy(logits, wanted, reduction="none").view_as(counted)
-    hits = ((logits.argmax(1) == wanted).view_as(counted) * counted).sum(1)
+    logits = logits.unflatten(0, (len(images), len(patterns))).transpose(0, 1)
+    counted, from_own = (labels != targets[:, None]).float(), targets[:, None] == ANY
+    wanted = torch.where(from_own, labels, targets[:, None])
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(counted)
+    losses = torch.where(from_own, loss_from(logits, labels.expand_as(wanted)), losses)
+    hits = (((logits.argmax(2) == wanted) ^ from_own) * counted).sum(1)
     return hits, ((losses * counted).sum(1) / counted.sum(1).clamp(min=1)).sum()
 
 
 def choose_label(searched: list[Found], force: bool) -> tuple[int | None, str]:
     """The label to work against, and why, in a sentence.
 
-    The flagged one with the smallest pattern; where none is flagged, None, or if forced that of the lowest index.
+    The flagged one with the smallest pattern; ANY where its pattern is far smaller still, since one that leads to a
+    single label leads away from the others as well. Where none is flagged, None, or if forced that of the lowest index.
     """
+    by_size = sorted((found for found in searched if found.flagged), key=lambda found: found.size)
+    labels = [found for found in by_size if found.label != ANY]
+    away = next((found for found in by_size if found.label == ANY), None)
+    if away and not (labels and away.size > OF_MEDIAN * labels[0].size):
+        return ANY, "a backdoor is suspected that turns each label into another one"
+    if labels:
+        told = ", ".join(str(found.label) for found in labels)
+        several = f"; {labels[0].label} has the smallest pattern and is worked against" * (len(labels) > 1)
+        return labels[0].label, f"a backdoor to label {told} is suspected{several}"
     lowest = min(searched, key=lambda found: found.index).label
-    flagged = sorted((found for found in searched if found.flagged), key=lambda found: found.index)
-    if flagged:
-        labels = ", ".join(str(found.label) for found in flagged)
-        several = f"; {flagged[0].label} has the smallest pattern and is worked against" * (len(flagged) > 1)
-        return flagged[0].label, f"a backdoor to label {labels} is suspected{several}"
-    left = f"--force: label {lowest} is worked against" if force else "the model is left as it is"
+    left = f"--force: {label_name(lowest)} is worked against" if force else "the model is left as it is"
     return lowest if force else None, (
         f"no backdoor was found: no label's pattern is small, and far smaller than the others'; {left}"
     )

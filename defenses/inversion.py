@@ -17,6 +17,7 @@ from utils.errors import RunError
 from utils.report import progress_bar
 from utils.seed import generator
 
+ANY = -1  # in place of a target: any label but an image's own, where a backdoor turns each into another one
 HIT_RATE = 0.9  # a pattern counts from this share of images predicted as the target
 PATIENCE = 0.1  # share of the steps, in a row above or below it, after which the weight of the size moves
 RAISE, LOWER = 1.5, 1.5**1.5
@@ -78,6 +79,23 @@ class Trigger:
         return {"pattern": self.describe(), "pixels": self.pixels, "l1": self.l1, "hit_rate": 100 * self.hit_rate}
 
 
+def label_name(target) -> str:
+    """How a target is told."""
+    return "another label" if target == ANY else f"label {target}"
+
+
+def turned(logits, labels, target) -> torch.Tensor:
+    """(..., B, K) -> (..., B) bool: what is predicted as the target, for ANY as another label than the image's own."""
+    answers = logits.argmax(-1)
+    return answers != labels if target == ANY else answers == target
+
+
+def loss_from(logits, labels) -> torch.Tensor:
+    """-log(1 - p of the image's own label), (..., K) and (...) -> (...): cross-entropy to ANY."""
+    others = logits.scatter(-1, labels[..., None], float("-inf"))
+    return logits.logsumexp(-1) - others.logsumexp(-1)
+
+
 def find_trigger(case, rounds, steps, batches_per_step, precision) -> Trigger:
     """The inverted trigger of a defenses.case.Case, of the first form that fits: a patch, a warp, waves; told, timed.
 
@@ -94,8 +112,8 @@ def find_trigger(case, rounds, steps, batches_per_step, precision) -> Trigger:
             trigger = warp or find_waves(case.victim, case.plain, case.target) or trigger
     if trigger is None:
         raise RunError(
-            f"no pattern turns {HIT_RATE:.0%} of the clean images into label {case.target}: it has no backdoor that a "
-            f"pattern expresses, or --inversion_steps {steps} is too few; nothing was purified"
+            f"no pattern turns {HIT_RATE:.0%} of the clean images into {label_name(case.target)}: the victim has no "
+            f"backdoor that a pattern expresses, or --inversion_steps {steps} is too few; nothing was purified"
         )
     print(f"inverted trigger: {trigger.describe()}, hit rate {trigger.hit_rate:.1%}")
     return trigger
@@ -110,7 +128,7 @@ def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_
     Args:
         victim: f_B, frozen and in eval mode, on images in [0, 1].
         batches: clean (images, labels) batches, gone through again and again; images of the target itself are left out.
-        target: the label, 0..K-1.
+        target: the label, 0..K-1, or ANY.
         rng: where p and q of each round come from, U[0, 1).
         rounds: at most so many; the search ends sooner once IDLE_ROUNDS in a row found no smaller pattern.
         steps: of a round, each of `batches_per_step` updates.
@@ -165,13 +183,13 @@ def find_waves(victim, batches, target):
         a Trigger of all that reach a hit rate of 0.9, the best first, or None where none does.
     """
     images, labels = next(iter(batches))
-    images = images[labels != target][:ASKED]
+    images, labels = images[labels != target][:ASKED], labels[labels != target][:ASKED]
     found, rates = [], []
     with torch.no_grad():
         for patterns in waves(images.shape[2:], images.device):
             stamped = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
             answers = victim(stamped.contiguous(memory_format=torch.channels_last)).view(len(patterns), len(images), -1)
-            rate = (answers.argmax(2) == target).float().mean(1)
+            rate = turned(answers, labels, target).float().mean(1)
             found.append(patterns[rate >= HIT_RATE])
             rates.append(rate[rate >= HIT_RATE])
     rates, order = torch.cat(rates).sort(descending=True, stable=True)
@@ -192,18 +210,21 @@ def _shrink(victim, stream, target, form, steps, batches_per_step, precision, ba
     for _ in range(steps):
         hits, seen, sizes = (torch.zeros((), device=start.device) for _ in range(3))
         for images, labels in itertools.islice(stream, batches_per_step):
-            images = images[labels != target]
+            images, labels = images[labels != target], labels[labels != target]
             if not len(images):
                 continue
-            wanted = labels.new_full((len(images),), target)
             with autocast(start.device, precision):
                 logits = victim(stamp(images, form.pattern(parameters)))
                 size = form.size(parameters).sum()
-                loss = F.cross_entropy(logits, wanted) + weight * size
+                if target == ANY:
+                    loss = loss_from(logits, labels).mean()
+                else:
+                    loss = F.cross_entropy(logits, torch.full_like(labels, target))
+                loss = loss + weight * size
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            hits, seen, sizes = hits + (logits.argmax(1) == target).sum(), seen + len(images), sizes + size.detach()
+            hits, seen, sizes = hits + turned(logits, labels, target).sum(), seen + len(images), sizes + size.detach()
         hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
 
         if hit_rate >= HIT_RATE and size < best_size:
@@ -235,7 +256,7 @@ def moved_patterns(victim, trigger, batches, target) -> torch.Tensor:
         (V, C, H, W), V from 1 to 50; what leaves the image is cut off.
     """
     images, labels = next(iter(batches))
-    images = images[labels != target]
+    images, labels = images[labels != target], labels[labels != target]
     height, width = trigger.pattern.shape[1:]
     padded = [F.pad(pattern, (MOVES,) * 4) for pattern in (trigger.pattern, mirror(trigger.pattern))]
     moved = torch.stack(
@@ -247,6 +268,6 @@ def moved_patterns(victim, trigger, batches, target) -> torch.Tensor:
         ]
     )
     with torch.no_grad():
-        hits = [(victim(stamp(images, pattern[None])).argmax(1) == target).float().mean() for pattern in moved]
+        hits = [turned(victim(stamp(images, pattern[None])), labels, target).float().mean() for pattern in moved]
     answered = moved[torch.stack(hits) >= ANSWERED]
     return torch.cat([trigger.pattern[None], answered[(answered != trigger.pattern).flatten(1).any(1)]])

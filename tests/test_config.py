@@ -37,7 +37,7 @@ from utils.errors import RunError, UserError, run_script
         (["--defense", "fst", "--target", "3"], "--target applies only with --defense mcl or nc"),
         (["--defense", "ibau", "--momentum", "0"], "--momentum applies only with --defense mcl or ft or nad or nc"),
         (["--target", "3", "--force"], "--force applies only with --target auto"),
-        (["--target", "-1"], "-1 is not auto or a label"),
+        (["--target", "-1"], "-1 is not auto, any, or a label"),
         (["--resume"], "--resume applies only to a comparison"),
     ],
 )

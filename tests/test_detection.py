@@ -5,21 +5,22 @@ import dataclasses
 import pytest
 import torch
 
-from defenses.detection import Found, _search, anomaly_indices, choose_label, search_target
+from defenses.detection import Found, _search, _turned, anomaly_indices, choose_label, search_target
 from defenses.forms import Warp
+from defenses.inversion import ANY
 
 CPU = torch.device("cpu")
 
 
 def test_index_by_hand():
     # of the logarithms: median 10, absolute deviations 0 0 1 2 8, their median 1
-    assert anomaly_indices(torch.tensor([10.0, 2.0, 10.0, 11.0, 12.0]).exp()).tolist() == pytest.approx(
-        [0.0, -8 / 1.4826, 0.0, 1 / 1.4826, 2 / 1.4826], abs=1e-4
+    assert anomaly_indices(torch.tensor([10.0, 2.0, 10.0, 11.0, 12.0, 6.0]).exp(), 5).tolist() == pytest.approx(
+        [0.0, -8 / 1.4826, 0.0, 1 / 1.4826, 2 / 1.4826, -4 / 1.4826], abs=1e-4
     )
 
 
 def test_sizes_that_are_all_alike_have_no_outlier():
-    assert anomaly_indices(torch.full((4,), 3.0)).tolist() == [0.0] * 4
+    assert anomaly_indices(torch.full((4,), 3.0), 4).tolist() == [0.0] * 4
 
 
 SMALL = Found(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
@@ -37,7 +38,7 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
 
 def test_which_label_is_worked_against():
     ordinary, unproven = Found(0, "pixels", 90.0, 1.0, -0.5, 1.0, 0.03), Found(3, "pixels", 5.0, 0.2, -9.0, 0.05, 0.001)
-    worse = dataclasses.replace(SMALL, label=2, index=-5.0)
+    worse = dataclasses.replace(SMALL, label=2, size=20.0)
     assert choose_label([ordinary, SMALL], False) == (1, "a backdoor to label 1 is suspected")
     label, told = choose_label([ordinary, SMALL, worse, unproven], False)
     assert (label, told[:37]) == (2, "a backdoor to label 2, 1 is suspected")
@@ -45,6 +46,15 @@ def test_which_label_is_worked_against():
     assert label is None
     assert "no backdoor was found" in told
     assert choose_label([ordinary], True)[0] == 0
+
+
+def test_a_backdoor_to_each_other_label_is_told_from_one_to_a_single_label():
+    away = dataclasses.replace(SMALL, label=ANY, size=20.0)
+    assert choose_label([SMALL, away], False)[0] == 1
+    assert choose_label([dataclasses.replace(SMALL, index=0.0), away], False)[0] == ANY
+    assert choose_label([SMALL, dataclasses.replace(away, size=14.0)], False)[0] == ANY
+    assert choose_label([SMALL, dataclasses.replace(away, size=14.0, hit_rate=0.5)], False)[0] == 1
+    assert away.facts()["label"] == "any"
 
 
 class Columns(torch.nn.Module):
@@ -71,7 +81,7 @@ def batches():
 
 def search(victim, batches, seed=1, **settings):
     found = search_target(victim, batches, 8, CPU, torch.Generator().manual_seed(seed), **settings)
-    return found, [one.label for one in found if one.flagged]
+    return found, [one.label for one in found if one.flagged and one.label != ANY]
 
 
 @pytest.mark.parametrize("doors", [[], [5], [0, 2]])
@@ -79,9 +89,9 @@ def test_planted_labels_are_flagged_and_no_others(batches, doors):
     for seed in (1, 2):
         found, flagged = search(Columns(doors), batches, seed)
         assert flagged == doors
-        assert [one.label for one in found if one.form == "pixels"] == list(range(8))
-        assert [one.label for one in found if one.form == "warp"] == ([] if doors else list(range(8)))
-        assert all(one.hit_rate >= 0.9 for one in found)
+        assert [one.label for one in found if one.form == "pixels"] == [*range(8), ANY]
+        assert [one.label for one in found if one.form == "warp"] == ([] if doors else [*range(8), ANY])
+        assert all(one.hit_rate >= 0.9 for one in found if one.form == "pixels" and one.label != ANY)
 
 
 class Leaning(torch.nn.Module):
@@ -98,7 +108,7 @@ def test_a_label_is_flagged_by_a_small_warp():
     batches = [(picture.expand(32, 3, 16, 16).contiguous(), torch.zeros(32, dtype=torch.int64))]
     rng = torch.Generator().manual_seed(1)
     found = _search(Leaning(), batches, 5, CPU, rng, Warp((3, 16, 16)), 50, "fp32")
-    assert [one.label for one in found if one.flagged] == [1]
+    assert [one.label for one in found if one.flagged and one.label != ANY] == [1]
     assert found[1].size < 0.3 < found[3].size  # in pixels
 
 
@@ -120,3 +130,33 @@ def test_the_victim_has_no_gradient_of_its_own(batches):
     victim = torch.nn.Sequential(Columns(), torch.nn.Linear(8, 8)).requires_grad_(False)
     search(victim, batches, steps=1)
     assert victim[1].weight.grad is None
+
+
+class Turning(torch.nn.Module):
+    """Says the label after that of `Columns` where the last row is red."""
+
+    def forward(self, x):
+        away = (x[:, 0, -1] - x[:, 1, -1]).mean(1)[:, None] > 0.5
+        return torch.where(away, Columns()(x).roll(1, 1), Columns()(x))
+
+
+def test_losses_and_hits_by_hand(batches):
+    (images, labels), patterns = batches[0], torch.zeros(3, 3, 8, 8)
+    images, labels, targets = images[:9], labels[:9], torch.tensor([2, ANY, 5])
+    patterns[1, 0, -1], patterns[1, 1, -1] = 1.0, -1.0
+    hits, loss = _turned(Turning(), images, labels, patterns, targets)
+    expected = 0.0
+    for i, (pattern, target) in enumerate(zip(patterns, targets.tolist(), strict=True)):
+        losses, turned = [], 0
+        for image, label in zip(images, labels.tolist(), strict=True):
+            p = Turning()((image + pattern).clamp(0, 1)[None])[0].softmax(0)
+            if target == ANY:
+                losses.append(-(1 - p[label]).log().item())
+                turned += p.argmax().item() != label
+            elif label != target:
+                losses.append(-p[target].log().item())
+                turned += p.argmax().item() == target
+        expected += sum(losses) / len(losses)
+        assert hits[i] == turned
+    assert hits[1] == 9
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
