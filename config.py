@@ -65,7 +65,7 @@ def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=long, default=1, help="fixes poisoning, split, weights, batches and inversion")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto takes CUDA where there is one")
-    add("--precision", default="fp32", choices=["fp32", "bf16"], help="of training; measuring is always in fp32")
+    add("--precision", default="fp32", choices=["auto", "fp32", "bf16"], help="of training; auto: bf16 if fast")
     add("--print_freq", type=count, default=1, help="watch ACC and ASR every so many epochs; 0: never")
     add("--tensorboard", action="store_true", help="log what is watched for TensorBoard too, into results/<name>/")
     add("--checkpoint_root", default="weight", help="folder for weights")

@@ -22,7 +22,7 @@ from models import load_model
 from utils.board import open_board
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.comparison import comparison_row, comparison_text, write_comparison
-from utils.device import pick_device
+from utils.device import pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, digest_file, remove_file, write_csv, write_json
 from utils.metrics import evaluate, watcher
@@ -38,6 +38,7 @@ SPENT = {"target", "force", "batch_size", "augment"}
 
 def main():
     opt, given = config.parse("main.py")
+    opt.precision = pick_precision(opt.precision, pick_device(opt.device))
     if not config.compares(opt):
         (path,) = victim_paths(opt)
         name = opt.name or f"{opt.dataset}-{file_stem(path)}-{opt.defense}"

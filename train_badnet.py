@@ -21,7 +21,7 @@ from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_norma
 from models import load_model, select_model
 from utils.board import open_board
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
-from utils.device import pick_device
+from utils.device import pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
@@ -37,6 +37,7 @@ from utils.training import train
 def main():
     opt, _ = config.parse("train_badnet.py")
     processes, device = join_processes(pick_device(opt.device))
+    opt.precision = pick_precision(opt.precision, device)
     first = processes.rank == 0  # it alone looks, writes and reports
     name = victim_name(opt)
     weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{opt.name or name}.pth.tar")

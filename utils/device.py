@@ -45,6 +45,16 @@ def _keep_freed_memory():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto, fp32 or bf16 -> fp32 or bf16; auto takes bf16 where the device computes in it, rather than imitating it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    computes = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch says it nowhere else
+    return "bf16" if computes() else "fp32"
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context in which convolutions and matrix products run in `precision`; weights and losses stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
