@@ -27,7 +27,7 @@ MOVES, ANSWERED = 2, 0.5  # a pattern moved by up to MOVES pixels counts from th
 # A pattern is taken for the trigger up to this share of the image's pixels (those to labels without one have twice as
 # many), and a warp up to this share of the image's width.
 PATCH, SHIFT = 0.03, 0.02
-# Images that each wave is tried on, and waves kept: all 58 that a victim of SIG answered to cost 0.8 points of ACC more.
+# Images that each wave is tried on, and waves kept: all those that a victim of SIG answers to, 58, cost ACC.
 ASKED, MOST_WAVES = 20, 16
 
 
