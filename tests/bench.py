@@ -38,7 +38,6 @@ from utils.seed import generator
 from utils.training import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CPU = torch.device("cpu")
 GRID = Attack("gridTrigger", "all2one", 5, 10, 0.1)
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"}
 # Images that the published schedule sends through each stage: 100 passes over the split, 20 epochs, and a test of clean
@@ -79,7 +78,7 @@ def public_training(victim, images, labels, opt):
     network = victim.network.requires_grad_(True).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True)
     for x, y in DataLoader(PilImages(images, labels, True), opt.batch_size, shuffle=True):
-        loss = F.cross_entropy(network(x), y)
+        loss = F.cross_entropy(network(x.to(opt.device)), y.to(opt.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -88,10 +87,11 @@ def public_training(victim, images, labels, opt):
 
 def public_inversion(victim, images, labels, opt):
     network = victim.network.requires_grad_(True)
-    pattern = torch.zeros(3, 32, 32, requires_grad=True)
+    pattern = torch.zeros(3, 32, 32, device=opt.device, requires_grad=True)
     optimizer = torch.optim.Adam([pattern], lr=0.1)
-    for x, _ in DataLoader(PilImages(images, labels, False), 64, shuffle=True):
-        loss = F.cross_entropy(network(x + pattern), torch.full((len(x),), 5)) + 1e-3 * pattern.abs().sum()
+    for x, y in DataLoader(PilImages(images, labels, False), 64, shuffle=True):
+        wanted = torch.full_like(y, 5).to(opt.device)
+        loss = F.cross_entropy(network(x.to(opt.device) + pattern), wanted) + 1e-3 * pattern.abs().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -101,8 +101,9 @@ def public_inversion(victim, images, labels, opt):
 def public_purification(victim, images, labels, opt):
     network, frozen = victim.network, load_victim(opt).network.eval()
     optimizer = torch.optim.SGD(network.requires_grad_(True).train().parameters(), 0.01, momentum=0.9)
-    pattern = torch.zeros(3, 32, 32)
+    pattern = torch.zeros(3, 32, 32, device=opt.device)
     for x, _ in DataLoader(PilImages(images, labels, False), 64, shuffle=True):
+        x = x.to(opt.device)
         z, clean, bad = network.features(x + pattern), frozen.features(x), frozen.features(x + pattern)
         loss = contrastive_loss(z, clean.detach(), bad.detach(), 0.5).mean()
         optimizer.zero_grad()
@@ -115,7 +116,7 @@ def public_evaluation(victim, images, labels, opt):
     network = victim.network.eval()
     with torch.no_grad():
         for x, y in DataLoader(PilImages(images, labels, False), 64):
-            (network(x).argmax(1) == y).sum().item()
+            (network(x.to(opt.device)).argmax(1) == y.to(opt.device)).sum().item()
 
 
 def our_poisoning(victim, images, labels, opt):
@@ -123,26 +124,26 @@ def our_poisoning(victim, images, labels, opt):
 
 
 def our_training(victim, images, labels, opt):
-    batches = Batches(TensorImages(images, labels), opt.batch_size, CPU, shuffle=True, padding=4)
+    batches = Batches(TensorImages(images, labels), opt.batch_size, opt.device, shuffle=True, padding=4)
     victim.requires_grad_(True)
     loss_of = lambda x, y: F.cross_entropy(victim(x), y)
-    train(victim, batches, loss_of, CPU, epochs=1, precision=opt.precision, title="bench", **SGD)
+    train(victim, batches, loss_of, opt.device, epochs=1, precision=opt.precision, title="bench", **SGD)
 
 
 def our_inversion(victim, images, labels, opt):
-    batches = Batches(TensorImages(images, torch.zeros_like(labels)), 64, CPU, shuffle=True)
-    invert_trigger(victim, batches, 5, CPU, generator(1, "bench"), 1, 1, len(batches), opt.precision)
+    batches = Batches(TensorImages(images, torch.zeros_like(labels)), 64, opt.device, shuffle=True)
+    invert_trigger(victim, batches, 5, opt.device, generator(1, "bench"), 1, 1, len(batches), opt.precision)
 
 
 def our_purification(victim, images, labels, opt):
-    batches = Batches(TensorImages(images, labels), 64, CPU, shuffle=True, padding=2)
+    batches = Batches(TensorImages(images, labels), 64, opt.device, shuffle=True, padding=2)
     settings = {"temperature": 0.15, "align_weight": 12.0, "mirror": True, "target": 5, "ema": 0.97, **SGD}
-    pattern = torch.zeros(1, 3, 32, 32)
-    purify(victim, victim, pattern, batches, CPU, epochs=1, precision=opt.precision, **settings)
+    pattern = torch.zeros(1, 3, 32, 32, device=opt.device)
+    purify(victim, victim, pattern, batches, opt.device, epochs=1, precision=opt.precision, **settings)
 
 
 def our_evaluation(victim, images, labels, opt):
-    predict(victim, Batches(TensorImages(images, labels), 500, CPU), CPU)
+    predict(victim, Batches(TensorImages(images, labels), 500, opt.device), opt.device)
 
 
 SIDES = {
@@ -155,14 +156,15 @@ STAGES = ("poisoning", "training", "inversion", "purification", "evaluation")
 def load_victim(opt):
     """The model of --model, in eval mode."""
     checkpoint = read_checkpoint(opt.model)
-    return load_model(checkpoint["state_dict"], opt.model, "WRN-16-1", 10, *NORMALIZATION["CIFAR10"]).eval()
+    model = load_model(checkpoint["state_dict"], opt.model, "WRN-16-1", 10, *NORMALIZATION["CIFAR10"])
+    return model.to(opt.device).eval()
 
 
 def work(side, opt, pipe):
     """A side's process: does a stage when told its number, and tells images a second and its peak memory in MiB."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     if side == "ours":
-        pick_device("cpu")
+        pick_device(opt.device.type)
     data = load_images(opt, "train")
     for stage in iter(pipe.recv, None):
         images, labels = data.images[: opt.images], data.labels[: opt.images]
@@ -173,6 +175,8 @@ def work(side, opt, pipe):
             file.write("5")  # the peak is counted anew
         began = time.perf_counter()
         SIDES[side][stage](victim, images, labels, opt)
+        if opt.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         with open("/proc/self/status") as file:
             peak = next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
@@ -210,6 +214,7 @@ def end_to_end(opt):
         words = ["--model", os.path.abspath(opt.model), "--target", "5", "--print_freq", "0"]
         words += ["--checkpoint_root", folder, "--log_root", folder]
         words += ["--data_root", os.path.abspath(opt.data_root), "--precision", opt.precision]
+        words += ["--device", opt.device.type]
         began = time.perf_counter()
         with subprocess.Popen(
             [sys.executable, os.path.join(ROOT, "main.py"), *words], stdout=subprocess.DEVNULL, cwd=folder
@@ -226,10 +231,11 @@ def main():
     parser.add_argument("--model", default=os.path.join(ROOT, "weight", "CIFAR10", "WRN-16-1-badnet.pth.tar"))
     parser.add_argument("--data_root", default=config.DATA_ROOT)
     parser.add_argument("--batch_size", type=int, default=128, help="of training, on both sides")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of this repository's side")
     parser.add_argument("--quick", action="store_true", help="fewer images, once, and no end-to-end run")
     opt = parser.parse_args()
-    opt.dataset, opt.num_class = "CIFAR10", None
+    opt.dataset, opt.num_class, opt.device = "CIFAR10", None, torch.device(opt.device)
     opt.images, opt.repeats = (512, 1) if opt.quick else (5_000, 3)
     print(", ".join(f"{name} {version}" for name, version in versions().items()), f"threads {torch.get_num_threads()}")
     rows, public = compare(opt)

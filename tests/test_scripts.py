@@ -73,7 +73,7 @@ def test_purification_removes_the_backdoor_and_keeps_the_accuracy(folder, purifi
     assert len(after["per_class"]) == 10
     assert metrics["target_label"] == 5
     assert (metrics["detected_label"], metrics["worked_against"]) == (5, 5)
-    assert [found["label"] for found in metrics["search"] if found["flagged"]] == [5]
+    assert {found["label"] for found in metrics["search"] if found["flagged"]} in ({5}, {5, "any"})
     assert "a backdoor to label 5 is suspected" in purified.stdout
     assert metrics["trigger"]["hit_rate"] >= 90
     parts = {"data", "finetune", "detect", "inversion", "purify", "evaluate", "report", "total"}
@@ -129,7 +129,7 @@ def test_a_model_without_a_backdoor_is_left_alone(script, folder, clean):
     assert "no backdoor was found" in done.stdout
     metrics = metrics_of(folder, "left")
     assert metrics["detected_label"] is metrics["worked_against"] is metrics["after"] is None
-    assert len(metrics["search"]) == 10
+    assert len(metrics["search"]) == 2 * 11  # pixels and warps, of each label and of any
     assert not (folder / "weight" / "left.tar").exists()
     assert "no backdoor found" in (folder / "results" / "left" / "report.html").read_text()
 
