@@ -7,6 +7,7 @@ Pixels and Warp are what an inversion optimises, P patterns at a time: (P, ...) 
 patterns that they stand for, and their size, as a loss has it and as it is told.
 """
 
+import itertools
 import math
 
 import torch
@@ -106,16 +107,16 @@ class Warp:
         return self.measure(pattern[None]).item()
 
 
-def waves(size, device):
-    """Each single wave of brightness over an image of so many rows and columns, four phases at a time: (4, 3, H, W).
-
-    SIG's are among them (Barni et al., 2019). Frequencies are whole numbers of cycles over the height and the width.
-    """
-    rows, columns = (torch.arange(n, device=device) / n for n in size)
-    shifts = torch.arange(4, device=device)[:, None, None] / 4
+def frequencies(size) -> list[tuple[int, int]]:
+    """All whole numbers of cycles over the height and the width, (down, across), that waves over an image may have."""
     most_down, most_across = (min(MOST_CYCLES, n // 2) for n in size)  # finer ones look like coarse ones again
-    for down in range(1 - most_down, most_down + 1):
-        for across in range(most_across + 1):
-            if across or down > 0:  # the others are the same waves, read backwards
-                phase = down * rows[:, None] + across * columns + shifts
-                yield WAVE_HEIGHT * torch.sin(2 * math.pi * phase)[:, None].expand(-1, 3, -1, -1)
+    every = itertools.product(range(1 - most_down, most_down + 1), range(most_across + 1))
+    return [(down, across) for down, across in every if across or down > 0]  # the others are the same, read backwards
+
+
+def waves(size, frequency, device) -> torch.Tensor:
+    """A wave of brightness in four phases, (4, 3, H, W). SIG's are such (Barni et al., 2019)."""
+    rows, columns = (torch.arange(n, device=device) / n for n in size)
+    cycles = frequency[0] * rows[:, None] + frequency[1] * columns
+    phases = torch.arange(4, device=device)[:, None, None] / 4
+    return WAVE_HEIGHT * torch.sin(2 * math.pi * (cycles + phases))[:, None].expand(-1, 3, -1, -1)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from defenses.forms import VISIBLE, Pixels, Warp, mirror, stamp, waves
+from defenses.forms import VISIBLE, Pixels, Warp, frequencies, mirror, stamp, waves
 from utils.device import autocast
 from utils.errors import RunError
 from utils.report import progress_bar
@@ -185,14 +185,16 @@ def find_waves(victim, batches, target):
     """
     images, labels = next(iter(batches))
     images, labels = images[labels != target][:ASKED], labels[labels != target][:ASKED]
-    found, rates = [], []
-    with torch.no_grad():
-        for patterns in waves(images.shape[2:], images.device):
+    size, found, rates = images.shape[2:], [], []
+    with torch.no_grad(), progress_bar("waves", len(frequencies(size)), "wave") as bar:
+        for frequency in frequencies(size):
+            patterns = waves(size, frequency, images.device)
             stamped = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
             answers = victim(stamped.contiguous(memory_format=torch.channels_last)).view(len(patterns), len(images), -1)
             rate = turned(answers, labels, target).float().mean(1)
             found.append(patterns[rate >= HIT_RATE])
             rates.append(rate[rate >= HIT_RATE])
+            bar.update()
     rates, order = torch.cat(rates).sort(descending=True, stable=True)
     patterns = torch.cat(found)[order[:MOST_WAVES]]
     return Trigger(patterns[0], rates[0].item(), patterns[1:]) if len(patterns) else None
