@@ -35,7 +35,7 @@ ASKED, MOST_WAVES = 20, 16
 class Trigger:
     """An inverted trigger.
 
-    pattern: (3, H, W) or (2, H, W) float, a pattern of defenses.forms; values that an 8-bit image cannot show are 0.
+    pattern: (3, H, W) or (2, H, W) float, as defenses.forms has it; where it is added, what 8 bits cannot show is 0.
     hit_rate: share 0..1 of images that it turns.
     others: (V, C, H, W), more of them, that the victim answers to alike, or None.
     """
@@ -77,7 +77,7 @@ class Trigger:
 
     def facts(self) -> dict:
         """Plain values for a file; the hit rate in percent."""
-        return {"pattern": self.describe(), "pixels": self.pixels, "l1": self.l1, "hit_rate": 100 * self.hit_rate}
+        return {"pattern": self.describe(), "hit_rate": 100 * self.hit_rate}
 
 
 def label_name(target) -> str:
