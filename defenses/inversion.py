@@ -70,7 +70,7 @@ class Trigger:
     def describe(self) -> str:
         """What was found, in words."""
         if self.others is not None:
-            return f"{len(self.patterns)} waves"
+            return f"best of {len(self.patterns)} waves"
         if len(self.pattern) == 2:
             return f"warp by {Warp(self.pattern.shape).extent(self.pattern):.2f} px"
         return f"{self.pixels} px, L1 {self.l1:.1f}"

@@ -127,7 +127,7 @@ def test_the_waves_that_a_victim_answers_to_are_found():
     grey = [(torch.full((4, 3, 16, 16), 0.5), torch.tensor([0, 0, 0, 1]))]
     trigger = find_waves(Wavy(), grey, 1)
     assert trigger.hit_rate == 1
-    assert trigger.describe() == "4 waves"  # of as many phases
+    assert trigger.describe() == "best of 4 waves"  # of as many phases
     for pattern in trigger.patterns:
         assert pattern.abs().amax() <= 40 / 255 + 1e-6
         assert torch.fft.rfft2(pattern[0]).abs().flatten().argmax() == 3
