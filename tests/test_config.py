@@ -145,7 +145,7 @@ def test_a_cpu_takes_what_is_below_the_normal_range_as_zero():
 
 @pytest.mark.parametrize("computes, taken", [(True, "bf16"), (False, "fp32")])
 def test_auto_takes_bf16_where_the_processor_computes_in_it(monkeypatch, computes, taken):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: computes)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: computes)
     cpu = torch.device("cpu")
     assert pick_precision("auto", cpu) == taken
     assert (pick_precision("fp32", cpu), pick_precision("bf16", cpu)) == ("fp32", "bf16")

@@ -46,13 +46,16 @@ def _keep_freed_memory():
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto, fp32 or bf16 -> fp32 or bf16; auto takes bf16 where the device computes in it, rather than imitating it."""
+    """auto, fp32 or bf16 -> fp32 or bf16; auto takes bf16 on CUDA devices that compute in it, and on CPUs with AMX.
+
+    CPUs with AVX-512's bf16 instructions alone are left out: on an Intel Xeon a training step took 1.3 times as long.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    computes = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch says it nowhere else
-    return "bf16" if computes() else "fp32"
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # torch says it nowhere else
+    return "bf16" if has_amx() else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
