@@ -80,7 +80,8 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
 
     Args:
         victim: f_B, frozen and in eval mode, on images in [0, 1].
-        batches: clean (images, labels) batches, gone through again and again; a label's own images do not count for it.
+        batches: clean (images, labels) batches, gone through again and again; a label's own images do not count for it,
+            nor for ANY those that the victim has wrong as they are.
         num_class: K labels are searched.
         rng: where the patterns start.
         steps: batches, each of an update of every label's pattern for each 16 images.
@@ -108,17 +109,21 @@ def _search(victim, batches, num_class, device, rng, form, steps, precision):
     with progress_bar(f"search {form.name}", steps, "batch") as bar:
         for images, labels in itertools.islice(stream, steps):
             hits = torch.zeros_like(weight)
-            for few, their in zip(images.split(FEW), labels.split(FEW), strict=True):
+            with torch.no_grad(), autocast(device, precision):
+                right = victim(images).argmax(1) == labels
+            counted = torch.where(targets[:, None] == ANY, right, labels != targets[:, None])
+            few_of_each = zip(images.split(FEW), labels.split(FEW), counted.split(FEW, 1), strict=True)
+            for few, their, asked in few_of_each:
                 optimizer.zero_grad()
                 for part in torch.arange(len(targets), device=device).split(AT_ONCE[device.type]):
                     with autocast(device, precision):
-                        hit, loss = _turned(victim, few, their, form.pattern(parameters[part]), targets[part])
+                        patterns = form.pattern(parameters[part])
+                        hit, loss = _turned(victim, few, their, asked[part], patterns, targets[part])
                         loss = loss + (weight[part] * form.size(parameters[part])).sum()
                     loss.backward()
                     hits[part] += hit
                 optimizer.step()
-            seen = (labels != targets[:, None]).sum(1)
-            rates.append(hits / seen.clamp(min=1))
+            rates.append(hits / counted.sum(1).clamp(min=1))
             sizes.append(form.measure(form.pattern(parameters.detach())))
             weight = torch.where(rates[-1] >= HIT_RATE, weight * RAISE, weight / LOWER)
             # Below zero p and q have no gradient to come back by: what was shrunk too far starts from where it worked.
@@ -139,17 +144,20 @@ def _search(victim, batches, num_class, device, rng, form, steps, precision):
     return [Found(label, form.name, *values) for label, values in zip(targets.tolist(), rows, strict=True)]
 
 
-def _turned(victim, images, labels, patterns, targets):
+def _turned(victim, images, labels, counted, patterns, targets):
     """Every one of (P, C, H, W) patterns on every one of (B, 3, H, W) images, asked for the (P,) targets.
 
+    Args:
+        counted: (P, B) bool, which images count for which.
+
     Returns:
-        (P,) how many images of other labels are turned, and the sum over patterns of the mean cross-entropy of those.
+        (P,) how many of those are turned, and the sum over patterns of their mean cross-entropy.
     """
     # As stamp deals the patterns out: all of them on the first image, then all on the next.
     stamped = stamp(images.repeat_interleave(len(patterns), 0), patterns)
     logits = victim(stamped.contiguous(memory_format=torch.channels_last))
     logits = logits.unflatten(0, (len(images), len(patterns))).transpose(0, 1)
-    counted, from_own = (labels != targets[:, None]).float(), targets[:, None] == ANY
+    counted, from_own = counted.float(), targets[:, None] == ANY
     wanted = torch.where(from_own, labels, targets[:, None])
     losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(counted)
     losses = torch.where(from_own, loss_from(logits, labels.expand_as(wanted)), losses)
@@ -172,7 +180,8 @@ def choose_label(searched: list[Found], force: bool) -> tuple[int | None, str]:
         told = ", ".join(str(found.label) for found in labels)
         several = f"; {labels[0].label} has the smallest pattern and is worked against" * (len(labels) > 1)
         return labels[0].label, f"a backdoor to label {told} is suspected{several}"
-    lowest = min(searched, key=lambda found: found.index).label
+    pixels = (found for found in searched if found.form == Pixels.name and found.label != ANY)
+    lowest = min(pixels, key=lambda found: found.index).label
     left = f"--force: {label_name(lowest)} is worked against" if force else "the model is left as it is"
     return lowest if force else None, (
         f"no backdoor was found: no label's pattern is small, and far smaller than the others'; {left}"

@@ -1,7 +1,7 @@
 """What an inverted trigger may be: a change of a few pixels, a smooth warp, or waves of brightness over the image.
 
 A pattern is (3, H, W) in [-1, 1], to be added to an image in [0, 1]; or (2, H, W), a warp: the shift, in x and in y, of
-the place from which each pixel is read, in halves of the width and the height, as torch's grid_sample has it.
+the place from which each pixel is read, where the outermost pixels are at -1 and 1, as torch's grid_sample has it.
 
 Pixels and Warp are what an inversion optimises, P patterns at a time: (P, ...) parameters, where they start, the
 patterns that they stand for, and their size, as a loss has it and as it is told.
@@ -19,9 +19,13 @@ WAVE_HEIGHT = 40 / 255  # SIG's, in the test
 MOST_CYCLES = 16  # of a wave, over the height and over the width, of any image
 
 
-def stamp(images, patterns) -> torch.Tensor:
-    """x', (B, 3, H, W): the (V, C, H, W) patterns dealt out to the images in turn; clamp(x + d, 0, 1) where C is 3."""
-    dealt = patterns[torch.arange(len(images), device=images.device) % len(patterns)]
+def stamp(images, patterns, turn=0) -> torch.Tensor:
+    """x', (B, 3, H, W): the (V, C, H, W) patterns dealt out to the images in turn; clamp(x + d, 0, 1) where C is 3.
+
+    turn: of several batches, which it is; where V is more than B, each starts where the last one ended.
+    """
+    first = turn * len(images) if len(patterns) > len(images) else 0
+    dealt = patterns[(torch.arange(len(images), device=images.device) + first) % len(patterns)]
     if patterns.shape[1] == 3:
         return (images + dealt).clamp(0, 1)
     height, width = images.shape[2:]
@@ -41,7 +45,7 @@ def mirror(patterns) -> torch.Tensor:
 class Pixels:
     """d = clamp(p, 0, 1) - clamp(q, 0, 1), in few pixels (Tao et al., CVPR 2022); parameters (P, 2, 3, H, W)."""
 
-    name, unit = "pixels", "L1 norm"
+    name = "pixels"
     lr, first_weight, weight = 0.1, 1e-3, 1e-2  # of Adam; of the size in a first inversion, and later or in a search
 
     def __init__(self, shape):
@@ -77,7 +81,7 @@ class Pixels:
 class Warp:
     """A smooth warp, as of WaNet (Nguyen and Tran, ICLR 2021); parameters: the control points' shifts, (P, 2, 8, 8)."""
 
-    name, unit = "warp", "shift, px"
+    name = "warp"
     lr, first_weight, weight = 3e-3, 400.0, 400.0
 
     def __init__(self, shape):
@@ -100,7 +104,7 @@ class Warp:
 
     def measure(self, patterns):
         """(P,) root mean squared shifts along an axis, in pixels of the width."""
-        return patterns.square().flatten(1).mean(1).sqrt() * self.shape[1] / 2
+        return patterns.square().flatten(1).mean(1).sqrt() * (self.shape[1] - 1) / 2
 
     def extent(self, pattern):
         """`measure` of one pattern."""
@@ -111,7 +115,8 @@ def frequencies(size) -> list[tuple[int, int]]:
     """All whole numbers of cycles over the height and the width, (down, across), that waves over an image may have."""
     most_down, most_across = (min(MOST_CYCLES, n // 2) for n in size)  # finer ones look like coarse ones again
     every = itertools.product(range(1 - most_down, most_down + 1), range(most_across + 1))
-    return [(down, across) for down, across in every if across or down > 0]  # the others are the same, read backwards
+    # The others are none, or the same read backwards, which is forwards for the finest.
+    return [(down, across) for down, across in every if down > 0 or 0 < across and (down == 0 or 2 * across < size[1])]
 
 
 def waves(size, frequency, device) -> torch.Tensor:

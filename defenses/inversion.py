@@ -93,8 +93,16 @@ def turned(logits, labels, target) -> torch.Tensor:
 
 def loss_from(logits, labels) -> torch.Tensor:
     """-log(1 - p of the image's own label), (..., K) and (...) -> (...): cross-entropy to ANY."""
+    logits = logits.float()  # a difference, which autocast would round away
     others = logits.scatter(-1, labels[..., None], float("-inf"))
     return logits.logsumexp(-1) - others.logsumexp(-1)
+
+
+def asked(victim, images, labels, target):
+    """The images and labels that count: those of other labels; for ANY those that the victim has right as they are."""
+    with torch.no_grad():
+        counted = victim(images).argmax(1) == labels if target == ANY else labels != target
+    return images[counted], labels[counted]
 
 
 def find_trigger(case, rounds, steps, batches_per_step, precision) -> Trigger:
@@ -178,13 +186,16 @@ def invert_warp(victim, batches, target, device, rng, steps, batches_per_step, p
 
 
 def find_waves(victim, batches, target):
-    """Try each single wave of brightness (defenses.forms.waves) on the first images of `batches`.
+    """Try each single wave of brightness (defenses.forms.waves) on the first ASKED images that count.
 
     Returns:
         a Trigger of the best MOST_WAVES of those that reach a hit rate of 0.9, the best first, or None where none does.
     """
-    images, labels = next(iter(batches))
-    images, labels = images[labels != target][:ASKED], labels[labels != target][:ASKED]
+    few = itertools.chain.from_iterable(zip(*asked(victim, *batch, target), strict=True) for batch in batches)
+    few = list(itertools.islice(few, ASKED))
+    if not few:
+        return None
+    images, labels = (torch.stack(parts) for parts in zip(*few, strict=True))
     size, found, rates = images.shape[2:], [], []
     with torch.no_grad(), progress_bar("waves", len(frequencies(size)), "wave") as bar:
         for frequency in frequencies(size):
@@ -213,7 +224,7 @@ def _shrink(victim, stream, target, form, steps, batches_per_step, precision, ba
     for _ in range(steps):
         hits, seen, sizes = (torch.zeros((), device=start.device) for _ in range(3))
         for images, labels in itertools.islice(stream, batches_per_step):
-            images, labels = images[labels != target], labels[labels != target]
+            images, labels = asked(victim, images, labels, target)
             if not len(images):
                 continue
             with autocast(start.device, precision):
@@ -258,8 +269,7 @@ def moved_patterns(victim, trigger, batches, target) -> torch.Tensor:
     Returns:
         (V, C, H, W), V from 1 to 50; what leaves the image is cut off.
     """
-    images, labels = next(iter(batches))
-    images, labels = images[labels != target], labels[labels != target]
+    images, labels = asked(victim, *next(iter(batches)), target)
     height, width = trigger.pattern.shape[1:]
     padded = [F.pad(pattern, (MOVES,) * 4) for pattern in (trigger.pattern, mirror(trigger.pattern))]
     moved = torch.stack(

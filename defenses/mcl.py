@@ -12,6 +12,7 @@ the contrast (target); and the student's last weights are averaged (ema).
 """
 
 import copy
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -152,8 +153,10 @@ def purify(victim, positive, patterns, batches, device, *, temperature, align_we
     student = copy.deepcopy(victim).requires_grad_(True)
     student.head.load_state_dict(positive.head.state_dict())  # it is to read features like f_F's
 
+    turns = itertools.count()
+
     def loss_of(images, labels):
-        triggered = stamp(images, patterns)
+        triggered = stamp(images, patterns, next(turns))
         with torch.no_grad():
             z_positive = mirrored_mean(positive.features, images, mirror)
             z_negative = victim.features(triggered)

@@ -5,6 +5,7 @@ with it; the schedule is fine-tuning's, so that a comparison with that is one of
 """
 
 import copy
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,13 @@ from utils.training import train
 STAMPED = 0.2  # share of the images that get the trigger
 
 
-def stamp_share(images: torch.Tensor, trigger) -> torch.Tensor:
+def stamp_share(images: torch.Tensor, trigger, turn=0) -> torch.Tensor:
     """Put the trigger on the first fifth of (B, 3, H, W) images, and leave the others as they are.
 
     Batches come in random order, so that these are a random fifth of the split, another one each epoch.
     """
     count = round(STAMPED * len(images))
-    return torch.cat([stamp(images[:count], trigger.patterns), images[count:]])
+    return torch.cat([stamp(images[:count], trigger.patterns, turn), images[count:]])
 
 
 def defend(case, *, inversion_rounds, inversion_steps, inversion_batches, **training) -> Purified:
@@ -39,8 +40,10 @@ def defend(case, *, inversion_rounds, inversion_steps, inversion_batches, **trai
     trigger = find_trigger(case, inversion_rounds, inversion_steps, inversion_batches, training["precision"])
     student = copy.deepcopy(case.victim).requires_grad_(True)
 
+    turns = itertools.count()
+
     def loss_of(images, labels):
-        return F.cross_entropy(student(stamp_share(images, trigger)), labels)
+        return F.cross_entropy(student(stamp_share(images, trigger, next(turns))), labels)
 
     with case.clock("purify"):
         history = train(student, case.training, loss_of, case.device, title="nc", watch=case.watch, **training)

@@ -23,7 +23,7 @@ from defenses import Case
 from defenses.inversion import find_trigger
 from defenses.mcl import finetune, patterns_of, purify
 from main import load_victim, victim_paths
-from utils.device import pick_device
+from utils.device import pick_device, pick_precision
 from utils.errors import UserError, run_script
 from utils.files import write_csv, write_file
 from utils.metrics import evaluate
@@ -42,10 +42,13 @@ FOLDER = os.path.dirname(__file__)
 def main():
     opt, given = config.parse("main.py")
     device = pick_device(opt.device)
+    precision = opt.precision = pick_precision(opt.precision, device)
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
     (path,) = victim_paths(opt)
     victim, attack, _ = load_victim(opt, given, path, test_set, device)
-    if opt.defense != "mcl" or attack.target is None or opt.target not in ("auto", attack.target):
+    if attack.target is None:
+        raise UserError(f"{path} has no single target, whose class this measures")
+    if opt.defense != "mcl" or opt.target not in ("auto", attack.target):
         raise UserError("this measures mcl against the attack's own target; leave out --defense and --target")
     target = attack.target
     others = torch.ones(len(train_set.labels), dtype=torch.bool)
@@ -89,6 +92,7 @@ def main():
             batches.rng.set_state(state)  # every weight has the batches that main.py has
         measure(purified(opt, case, positive), f"{weight:g}")
     opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
+    opt.precision = precision
     measure(purified(opt, case_of(opt), victim), "published recipe")
     write_csv(os.path.join(FOLDER, "trade.csv"), rows)
     draw(rows, os.path.join(FOLDER, "trade.png"))

@@ -144,19 +144,24 @@ def test_losses_and_hits_by_hand(batches):
     (images, labels), patterns = batches[0], torch.zeros(3, 3, 8, 8)
     images, labels, targets = images[:9], labels[:9], torch.tensor([2, ANY, 5])
     patterns[1, 0, -1], patterns[1, 1, -1] = 1.0, -1.0
-    hits, loss = _turned(Turning(), images, labels, patterns, targets)
+    counted = labels != targets[:, None]
+    counted[1, 4:] = False
+    hits, loss = _turned(Turning(), images, labels, counted, patterns, targets)
     expected = 0.0
     for i, (pattern, target) in enumerate(zip(patterns, targets.tolist(), strict=True)):
         losses, turned = [], 0
-        for image, label in zip(images, labels.tolist(), strict=True):
+        for image, label, counts in zip(images, labels.tolist(), counted[i], strict=True):
             p = Turning()((image + pattern).clamp(0, 1)[None])[0].softmax(0)
-            if target == ANY:
-                losses.append(-(1 - p[label]).log().item())
-                turned += p.argmax().item() != label
-            elif label != target:
-                losses.append(-p[target].log().item())
-                turned += p.argmax().item() == target
+            if counts:
+                losses.append(-(1 - p[label] if target == ANY else p[target]).log().item())
+                turned += (p.argmax().item() != label) if target == ANY else (p.argmax().item() == target)
         expected += sum(losses) / len(losses)
         assert hits[i] == turned
-    assert hits[1] == 9
+    assert hits[1] == 4
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_model_has_wrong_as_it_is_counts_for_no_other_label(batches):
+    wrong = [(x, (y + 1) % 8) for x, y in batches]
+    found, _ = search(Columns(), wrong, steps=3)
+    assert [one.hit_rate for one in found if one.label == ANY] == [0.0, 0.0]

@@ -35,10 +35,10 @@ def test_what_an_8_bit_image_cannot_show_is_not_shown():
 
 def test_size_of_a_warp_by_hand():
     form = Warp((3, 16, 16))
-    parameters = torch.full((1, 2, 8, 8), 0.25)  # 0.25 of half the width: 2 of 16 pixels
-    assert form.size(parameters).tolist() == pytest.approx([0.0625])
-    assert form.measure(form.pattern(parameters)).tolist() == pytest.approx([2.0])
-    assert form.extent(form.pattern(parameters)[0]) == pytest.approx(2.0)
+    parameters = torch.full((1, 2, 8, 8), 0.4)  # -1 to 1 are 15 pixels: these are 3
+    assert form.size(parameters).tolist() == pytest.approx([0.16])
+    assert form.measure(form.pattern(parameters)).tolist() == pytest.approx([3.0])
+    assert form.extent(form.pattern(parameters)[0]) == pytest.approx(3.0)
 
 
 def test_a_warp_reads_each_pixel_from_where_its_field_points():
@@ -61,7 +61,11 @@ def test_a_mirrored_pattern_does_the_same_to_the_mirrored_image(channels):
 
 
 def test_waves_are_all_those_there_are_once():
-    assert len(set(frequencies((8, 8)))) == 4 + 4 * 8
+    small = torch.cat([waves((8, 8), frequency, torch.device("cpu")) for frequency in frequencies((8, 8))]).flatten(1)
+    # 64 pixels hold 63 waves beside brightness itself: 30 in two phases, of which the opposites are two more here, and
+    # the 3 finest in one, with its opposite; their other phases are none at all.
+    assert len(frequencies((8, 8))) == 30 + 3
+    assert len(small.round(decimals=4).add(0.0).unique(dim=0)) == 30 * 4 + 3 * 2 + 1
     sought = 40 / 255 * torch.sin(2 * math.pi * 6 * torch.arange(32) / 32).expand(3, 32, 32)
     every = [waves((32, 32), frequency, torch.device("cpu")) for frequency in frequencies((32, 32))]
     assert every[0].shape == (4, 3, 32, 32)

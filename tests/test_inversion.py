@@ -5,8 +5,23 @@ import math
 import pytest
 import torch
 
+from defenses.case import Case
 from defenses.forms import stamp
-from defenses.inversion import Trigger, find_waves, invert_trigger, invert_warp, moved_patterns, noise_around
+from defenses.inversion import (
+    ANY,
+    Trigger,
+    asked,
+    find_trigger,
+    find_waves,
+    invert_trigger,
+    invert_warp,
+    loss_from,
+    moved_patterns,
+    noise_around,
+    turned,
+)
+from utils.errors import RunError
+from utils.report import Stopwatch
 
 CPU = torch.device("cpu")
 
@@ -135,6 +150,60 @@ def test_the_waves_that_a_victim_answers_to_are_found():
 
 def test_no_wave_is_said():
     assert find_waves(Deaf(), [(torch.full((4, 3, 16, 16), 0.5), torch.zeros(4, dtype=torch.int64))], 1) is None
+
+
+def test_waves_are_tried_on_images_that_count_alone():
+    target, other = torch.full((4, 3, 16, 16), 0.5), torch.rand(4, 3, 16, 16)
+    batches = [(target, torch.ones(4, dtype=torch.int64)), (other, torch.zeros(4, dtype=torch.int64))]
+    assert find_waves(Wavy(), batches[:1], 1) is None
+    assert find_waves(Wavy(), batches, 1).hit_rate == 1
+
+
+def test_any_other_label_by_hand():
+    logits, labels = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([0, 2])
+    p = logits.softmax(1)
+    expected = [-math.log(p[0, 1] + p[0, 2]), -math.log(p[1, 0] + p[1, 1])]
+    assert loss_from(logits, labels).tolist() == pytest.approx(expected, rel=1e-5)
+    assert loss_from(logits.bfloat16(), labels).tolist() == pytest.approx(expected, rel=1e-2)
+    assert turned(logits, labels, ANY).tolist() == [False, True]
+    assert turned(logits, labels, 1).tolist() == [False, True]
+    images = torch.arange(2.0).view(2, 1, 1, 1)
+    assert asked(lambda x: logits, images, labels, ANY)[1].tolist() == [0]
+    assert asked(lambda x: logits, images, labels, 0)[1].tolist() == [2]
+
+
+def test_a_pattern_that_leads_away_from_each_label_is_found(batches):
+    rng = torch.Generator().manual_seed(1)
+    trigger = invert_trigger(Planted(), batches, ANY, CPU, rng, 1, 50, 4)
+    answers = torch.cat([Planted()(stamp(images, trigger.patterns)).argmax(1) for images, _ in batches])
+    assert (answers != 0).float().mean() >= 0.9
+    assert trigger.pixels <= 3
+
+
+NOISE = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("victim", "images", "found"),
+    [
+        (Planted, NOISE, "px, L1"),
+        (Leaning, stripes()[0][0], "warp by"),
+        (Wavy, torch.full_like(NOISE, 0.5), "waves"),
+        (Deaf, NOISE, None),
+    ],
+)
+def test_the_first_form_that_fits_is_taken(victim, images, found, monkeypatch, capsys):
+    monkeypatch.setattr("defenses.inversion.PATCH", 0.1 if victim is Planted else 0.0)
+    batches = [(images, torch.zeros(8, dtype=torch.int64))]
+    case = Case(victim(), [], batches, False, CPU, 1, Stopwatch(), 1)
+    if found is None:
+        with pytest.raises(RunError, match="no pattern turns 90% of the clean images into label 1"):
+            find_trigger(case, 1, 30, 2, "fp32")
+        return
+    trigger = find_trigger(case, 1, 30, 2, "fp32")
+    assert found in trigger.describe()
+    assert f"inverted trigger: {trigger.describe()}" in capsys.readouterr().out
+    assert trigger.facts() == {"pattern": trigger.describe(), "hit_rate": 100 * trigger.hit_rate}
 
 
 class Striding(torch.nn.Module):

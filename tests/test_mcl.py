@@ -57,6 +57,12 @@ def test_patterns_are_dealt_out_in_turn():
     assert torch.equal(stamp(images, patterns), expected)
 
 
+def test_patterns_that_outnumber_the_images_are_all_dealt_out_in_time():
+    patterns = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 1, 1) / 10
+    seen = [stamp(torch.zeros(2, 3, 1, 1), patterns, turn)[:, 0, 0, 0].tolist() for turn in range(3)]
+    assert torch.tensor(seen).mul(10).round().int().tolist() == [[0, 1], [2, 3], [4, 0]]
+
+
 @pytest.fixture
 def trigger():
     pattern = torch.zeros(3, 8, 8)

@@ -174,7 +174,7 @@ def test_the_published_recipe_is_reachable(script, folder, victim):
         (
             ("--target", 5, "--inversion_steps", 1, "--inversion_batches", 1),
             1,
-            "no pixel pattern turns 90% of the clean images",
+            "no pattern turns 90% of the clean images",
         ),
     ],
 )

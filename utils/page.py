@@ -153,8 +153,8 @@ def _search(metrics):
     if not metrics.get("search"):
         return []
     told = "a backdoor is suspected" if any(found["flagged"] for found in metrics["search"]) else "no backdoor found"
-    flagged = [i for i, found in enumerate(metrics["search"]) if found["flagged"]]
-    marked = next((i for i in flagged if metrics["search"][i]["label"] == metrics["worked_against"]), None)
+    against = [i for i, found in enumerate(metrics["search"]) if found["label"] == metrics["worked_against"]]
+    marked = next((i for i in against if metrics["search"][i]["flagged"]), against[0] if against else None)
     rows = _table(*search_rows(metrics["search"]), marked=marked)
     return [_section(f"Search for the target: {told}", rows)]
 
