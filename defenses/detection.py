@@ -168,13 +168,13 @@ def _turned(victim, images, labels, counted, patterns, targets):
 def choose_label(searched: list[Found], force: bool) -> tuple[int | None, str]:
     """The label to work against, and why, in a sentence.
 
-    The flagged one with the smallest pattern; ANY where its pattern is far smaller still, since one that leads to a
-    single label leads away from the others as well. Where none is flagged, None, or if forced that of the lowest index.
+    The flagged one with the smallest pattern; ANY where its pattern is smaller still: one that leads to a single label
+    leads away from the others as well, but not from that label itself. Where none is flagged, None, or if forced that of the lowest index.
     """
     by_size = sorted((found for found in searched if found.flagged), key=lambda found: found.size)
     labels = [found for found in by_size if found.label != ANY]
     away = next((found for found in by_size if found.label == ANY), None)
-    if away and not (labels and away.size > OF_MEDIAN * labels[0].size):
+    if away and not (labels and away.size > labels[0].size):
         return ANY, "a backdoor is suspected that turns each label into another one"
     if labels:
         told = ", ".join(str(found.label) for found in labels)

@@ -49,11 +49,11 @@ def test_which_label_is_worked_against():
 
 
 def test_a_backdoor_to_each_other_label_is_told_from_one_to_a_single_label():
-    away = dataclasses.replace(SMALL, label=ANY, size=20.0)
+    away = dataclasses.replace(SMALL, label=ANY, size=31.0)
     assert choose_label([SMALL, away], False)[0] == 1
     assert choose_label([dataclasses.replace(SMALL, index=0.0), away], False)[0] == ANY
-    assert choose_label([SMALL, dataclasses.replace(away, size=14.0)], False)[0] == ANY
-    assert choose_label([SMALL, dataclasses.replace(away, size=14.0, hit_rate=0.5)], False)[0] == 1
+    assert choose_label([SMALL, dataclasses.replace(away, size=29.0)], False)[0] == ANY
+    assert choose_label([SMALL, dataclasses.replace(away, size=29.0, hit_rate=0.5)], False)[0] == 1
     assert away.facts()["label"] == "any"
 
 
