@@ -169,7 +169,8 @@ def choose_label(searched: list[Found], force: bool) -> tuple[int | None, str]:
     """The label to work against, and why, in a sentence.
 
     The flagged one with the smallest pattern; ANY where its pattern is smaller still: one that leads to a single label
-    leads away from the others as well, but not from that label itself. Where none is flagged, None, or if forced that of the lowest index.
+    leads away from the others as well, but not from that label itself. Where none is flagged, None, or if forced that
+    of the lowest index.
     """
     by_size = sorted((found for found in searched if found.flagged), key=lambda found: found.size)
     labels = [found for found in by_size if found.label != ANY]
