@@ -32,7 +32,7 @@ NORMALIZATION = {
 TRAINING_PADDING = 4  # pixels of black around a random crop, as CIFAR-10 is trained by everyone
 CLEAN_PADDING = 2  # less for the defender, whose teacher may never have seen a shifted image
 WATCHED_IMAGES = 1_000
-EVAL_BATCH = 500
+EVAL_BATCH = 125
 
 
 @dataclass

@@ -27,7 +27,7 @@ from torchvision import transforms
 
 import config
 from attacks import Attack
-from data_loader import NORMALIZATION, Batches, DatasetBD, TensorImages, load_images
+from data_loader import EVAL_BATCH, NORMALIZATION, Batches, DatasetBD, TensorImages, load_images
 from defenses.inversion import invert_trigger
 from defenses.mcl import contrastive_loss, purify
 from models import load_model
@@ -144,7 +144,7 @@ def our_purification(victim, images, labels, opt):
 
 
 def our_evaluation(victim, images, labels, opt):
-    predict(victim, Batches(TensorImages(images, labels), 500, opt.device), opt.device)
+    predict(victim, Batches(TensorImages(images, labels), EVAL_BATCH, opt.device), opt.device)
 
 
 SIDES = {
