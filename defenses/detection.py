@@ -19,6 +19,7 @@ from utils.report import progress_bar
 
 STEPS = 50  # batches; after each the weight of a label's size moves, by whether its pattern works
 FEW = 16  # images of a batch in an update: more updates for the same number of images find smaller patterns
+AWAY_START = 0.3  # of the noise, for ANY: all of it leads any image away from its label, and tells nothing of a trigger
 SETTLED = 0.4  # share of the steps, at the end, whose patterns are what the search says
 # A label is flagged if its pattern works, its index is below SUSPECT, and its size at most these shares of the median
 # and of what changes every pixel from black to white, or moves it across the image: where the others differ little, or
@@ -101,7 +102,8 @@ def _search(victim, batches, num_class, device, rng, form, steps, precision):
     """The search for patterns of one form: a row a label, and one of ANY."""
     targets = torch.tensor([*range(num_class), ANY], device=device)
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
-    parameters = torch.cat([form.start(num_class, rng), form.start(1, rng)]).to(device).requires_grad_()
+    start = torch.cat([form.start(num_class, rng), AWAY_START * form.start(1, rng)])
+    parameters = start.to(device).requires_grad_()
     optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
     weight = torch.full(targets.shape, form.weight, device=device)
     sizes, rates, worked = [], [], parameters.detach().clone()
