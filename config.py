@@ -22,7 +22,7 @@ ATTACKS = {
     "trojanTrigger": ("trojan", "all2one", {"trig_w": 5, "trig_h": 5, "surrogate": None}),
     "signalTrigger": ("sig", "cleanLabel", {"delta": 40.0, "train_delta": 30.0}),
     "clTrigger": ("cl", "cleanLabel", {"epsilon": 8, "surrogate": None}),
-    "wanetTrigger": ("wanet", "all2one", {"warp": 0.5, "noise_ratio": 2.0}),
+    "wanetTrigger": ("wanet", "all2one", {"warp": 1.0, "noise_ratio": 1.0}),
 }
 # Defense -> the options of its own with the defaults of its recipe; for all but mcl, as published.
 _SGD = {"epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop", "momentum": 0.9, "weight_decay": 1e-4}
