@@ -25,7 +25,10 @@ def stamp(images, patterns, turn=0) -> torch.Tensor:
     turn: of several batches, which it is; where V is more than B, each starts where the last one ended.
     """
     first = turn * len(images) if len(patterns) > len(images) else 0
-    dealt = patterns[(torch.arange(len(images), device=images.device) + first) % len(patterns)]
+    if len(patterns) == 1:  # not by index: threads would sum its gradient in any order
+        dealt = patterns.expand(len(images), -1, -1, -1)
+    else:
+        dealt = patterns[(torch.arange(len(images), device=images.device) + first) % len(patterns)]
     if patterns.shape[1] == 3:
         return (images + dealt).clamp(0, 1)
     height, width = images.shape[2:]
