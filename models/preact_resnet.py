@@ -19,9 +19,9 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
 
     def forward(self, x):
-        activated = F.relu(self.bn1(x))
+        activated = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.shortcut is None else self.shortcut(activated)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True)).add_(shortcut)
 
 
 class PreActResNet18(nn.Module):

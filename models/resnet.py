@@ -19,8 +19,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, x):
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        return F.relu(out + self.shortcut(x), inplace=True)
 
 
 class ResNet18(nn.Module):
@@ -38,7 +38,7 @@ class ResNet18(nn.Module):
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, 3, H, W) normalised images -> the (B, C, h, w) outputs of the last three groups."""
-        second = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))
+        second = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)), inplace=True)))
         third = self.layer3(second)
         return [second, third, self.layer4(third)]
 
