@@ -22,7 +22,7 @@ from models import load_model
 from utils.board import open_board
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.comparison import comparison_row, comparison_text, write_comparison
-from utils.device import pick_device, pick_precision
+from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, digest_file, remove_file, write_csv, write_json
 from utils.metrics import evaluate, watcher
@@ -92,6 +92,7 @@ def run(opt, given, name) -> dict:
         victim, attack, facts = load_victim(opt, given, path, test_set, device)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
+        keep_freed_memory()
         if isinstance(opt.target, int) and opt.target >= attack.num_class:
             raise UserError(f"--target {opt.target} is not one of the labels 0..{attack.num_class - 1}")
         if opt.target == "auto" and attack.num_class < 3:

@@ -23,7 +23,7 @@ from defenses import Case
 from defenses.inversion import find_trigger
 from defenses.mcl import finetune, patterns_of, purify
 from main import load_victim, victim_paths
-from utils.device import pick_device, pick_precision
+from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.errors import UserError, run_script
 from utils.files import write_csv, write_file
 from utils.metrics import evaluate
@@ -44,6 +44,7 @@ def main():
     device = pick_device(opt.device)
     precision = opt.precision = pick_precision(opt.precision, device)
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
+    keep_freed_memory()
     (path,) = victim_paths(opt)
     victim, attack, _ = load_victim(opt, given, path, test_set, device)
     if attack.target is None:

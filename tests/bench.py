@@ -32,7 +32,7 @@ from defenses.inversion import invert_trigger
 from defenses.mcl import contrastive_loss, purify
 from models import load_model
 from utils.checkpoint import read_checkpoint
-from utils.device import pick_device
+from utils.device import keep_freed_memory, pick_device
 from utils.metrics import predict
 from utils.report import table, versions
 from utils.seed import generator
@@ -164,9 +164,10 @@ def load_victim(opt):
 def work(side, opt, pipe):
     """A side's process: does a stage, told its number and for how many images; tells its rate and peak memory (MiB)."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    data = load_images(opt, "train")
     if side == "ours":
         pick_device(opt.device.type)
-    data = load_images(opt, "train")
+        keep_freed_memory()
     for stage, count in iter(pipe.recv, None):
         images, labels = data.images[:count], data.labels[:count]
         if STAGES[stage] == "poisoning":

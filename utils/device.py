@@ -24,18 +24,17 @@ def pick_device(name: str) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     else:
-        _keep_freed_memory()
         # Gradients of a victim that is very sure are below float32's normal range, where processors are many times
         # slower: an inversion took 247 s with them and 49 s without, to the same pattern.
         torch.set_flush_denormal(True)
     return torch.device(name)
 
 
-def _keep_freed_memory():
-    """Tell glibc to keep freed activations for the next step.
+def keep_freed_memory():
+    """Tell glibc to keep freed activations for the next step; to be called once the data are there.
 
     By default it hands large blocks back to the kernel, and page faults then take an eighth to a quarter of a training
-    step on a CPU. Other C libraries are left alone.
+    step on a CPU. What is left of reading a data set had better go back first. Other C libraries are left alone.
     """
     if sys.platform != "linux":
         return
