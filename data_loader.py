@@ -29,6 +29,7 @@ NORMALIZATION = {
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
+GTSRB_PICTURES = {"train": 26_640, "test": 12_630}
 TRAINING_PADDING = 4  # pixels of black around a random crop, as CIFAR-10 is trained by everyone
 CLEAN_PADDING = 2  # less for the defender, whose teacher may never have seen a shifted image
 WATCHED_IMAGES = 1_000
@@ -205,6 +206,12 @@ def _read_cifar(opt, split):
 def _read_gtsrb(opt, split):
     dataset = _fetch(opt, torchvision.datasets.GTSRB, split=split, transform=_resize(opt.image_size))
     classes = [str(label) for label in range(43)]
+    if len(dataset) != GTSRB_PICTURES[split]:  # torchvision takes a folder that is there for a whole one
+        folder = os.path.join(opt.data_root, "gtsrb")
+        raise UserError(
+            f"GTSRB has {GTSRB_PICTURES[split]:,} pictures to {split} with, {folder} {len(dataset):,}: a download that "
+            f"was stopped? Remove {folder} and start again"
+        )
     return *_decode(dataset, opt.image_size), classes
 
 
@@ -234,7 +241,7 @@ def _fetch(opt, dataset, **arguments):
     """A torchvision data set from disk, else from the network."""
     try:
         return dataset(opt.data_root, download=False, **arguments)
-    except RuntimeError:  # torchvision's word for "not there, or not whole"
+    except (RuntimeError, OSError):  # torchvision's words for "not there, or not whole"
         pass
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a network that swallows packets must not hang the run

@@ -20,7 +20,7 @@ from defenses.detection import choose_label, search_target
 from defenses.inversion import ANY, label_name
 from models import load_model
 from utils.board import open_board
-from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
 from utils.comparison import comparison_row, comparison_text, write_comparison
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
@@ -67,12 +67,13 @@ def compare(opt, given):
             try:
                 rows.append(comparison_row(victim, defense, metrics or run(one, given, its_name)))
             except (RunError, UserError) as error:
-                if not rows and isinstance(error, UserError):
+                if not (rows or failed) and isinstance(error, UserError):
                     raise
                 failed.append(f"{victim}, {defense}: {error}")
                 print(f"failed: {error}")
             write_comparison(os.path.join(opt.log_root, name), rows)
-    print("", comparison_text(rows), sep="\n")
+    if rows:
+        print("", comparison_text(rows), sep="\n")
     if failed:
         raise RunError(f"{len(failed)} of {len(rows) + len(failed)} runs failed; the first: {failed[0]}")
 
@@ -99,8 +100,8 @@ def run(opt, given, name) -> dict:
             raise UserError("a search sets one label against the others, which takes three or more; give --target")
     print(f"victim {path}: {facts['arch']}, {attack.describe()}")
     with clock("evaluate"):
-        figures = {"before": evaluate(victim, test, attack, device)}
-    models, curves, trigger = {"before": victim}, [], None
+        figures = {"before": evaluate(victim, test, attack)}
+    models, curves, history, trigger = {"before": victim}, [], [], None
 
     target, searched = ANY if opt.target == "any" else opt.target, None
     if target == "auto":
@@ -113,7 +114,7 @@ def run(opt, given, name) -> dict:
     if opt.defense != "none" and not (searched and target is None):
         told = "" if target is None else f"; against {label_name(target)}"
         print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images{told}")
-        look = watcher(split.watched, attack, device, opt.precision, opt.print_freq, log)
+        look = watcher(split.watched, attack, opt.print_freq, log)
 
         def watch(model, epoch):
             with clock("evaluate"):  # not the defense's own time
@@ -125,22 +126,24 @@ def run(opt, given, name) -> dict:
         settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in SPENT}
         models["after"], history, trigger = DEFENSES[opt.defense](case, precision=opt.precision, **settings)
         with clock("evaluate"):
-            figures["after"] = evaluate(models["after"], test, attack, device)
-        remove_file(os.path.join(results, "metrics.json"))  # an older run's; this one's is written last
+            figures["after"] = evaluate(models["after"], test, attack)
+
+    remove_file(os.path.join(results, "metrics.json"))  # an older run's; this one's is written last
+    if "after" in models:
         save_checkpoint(purified, models["after"], **facts, metrics=figures["after"])
         write_csv(os.path.join(results, "history.csv"), history)
         print(f"purified: {purified}")
-        curves += history
     else:
         remove_file(os.path.join(results, "history.csv"))
-
+        if os.path.exists(purified):
+            print(f"nothing was purified: {purified} is an older run's")
     print()
     print(published_table(opt.dataset, **figures, defense=opt.defense), "", sep="\n")
     print(figures_table(test_set.classes, **figures))
     with clock("report"):
         few = spread(len(test_set.labels), SAMPLE)
         sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
-        pictures = draw_run(results, test_set.classes, sample, attack, models, figures, curves, trigger)
+        pictures = draw_run(results, test_set.classes, sample, attack, models, figures, curves + history, trigger)
     worked_against = "any" if target == ANY else target
     metrics = {
         "model": path,
@@ -173,13 +176,16 @@ STATED = {
 
 
 def victim_paths(opt) -> list[str]:
-    """--model, else the data set's shipped victim, wherever the script is run from."""
-    return opt.model or [os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-badnet.pth.tar")]
+    """--model, else the data set's victim: one's own, or the one that is shipped."""
+    return opt.model or [find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-badnet")]
 
 
 def file_stem(path: str) -> str:
-    """What a run calls the model in a file: the file's name without its endings."""
-    return os.path.basename(path).split(".")[0]
+    """What a run calls the model in a file: the file's name without the endings of weights."""
+    name = os.path.basename(path)
+    for ending in (".tar", ".pth", ".pt", ".safetensors"):
+        name = name.removesuffix(ending)
+    return name
 
 
 def load_victim(opt, given, path, test_set, device):

@@ -20,7 +20,7 @@ import config
 from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_normalization, load_images, spread
 from models import load_model, select_model
 from utils.board import open_board
-from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import find_weights, load_weights, read_checkpoint, save_checkpoint
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_folder, write_csv, write_json
@@ -48,10 +48,12 @@ def main():
     if processes.count > 1:
         opt.nproc_per_node = processes.count  # numbers depend on it: each has its own part of a batch to normalise
     run = Resumable(results, vars(opt), opt.resume)
-    if run.finished():
+    if os.path.exists(weights) and run.finished():
         return print(f"nothing to resume: this run has ended, its weights are in {weights}, its figures in {results}")
+    if first and os.path.exists(weights):
+        print(f"{weights} is replaced when this training ends; --name keeps it")
     log = open_board(results) if opt.tensorboard and first else None
-    seconds, start = {}, time.perf_counter()
+    seconds, began = {}, time.perf_counter()
 
     # Poison: a share of the training images gets the trigger and the label that the attack wants.
     with processes.first_goes_ahead():
@@ -64,7 +66,7 @@ def main():
     whose = f"{len(train_set.labels):,}" if opt.target_type != "cleanLabel" else "the target class's"
     del train_set  # 150 MB that nobody needs any more
     keep_freed_memory()
-    seconds["data"] = time.perf_counter() - start
+    seconds["data"] = time.perf_counter() - began
     print(f"poisoned {opt.inject_portion:.1%} of {whose} images: {attack.describe()}")
 
     # Train: plain cross-entropy on what the poisoned set says.
@@ -90,7 +92,7 @@ def main():
             schedule=opt.schedule,
             precision=opt.precision,
             title="victim",
-            watch=watcher(watched, attack, device, opt.precision, opt.print_freq, log) if first else None,
+            watch=watcher(watched, attack, opt.print_freq, log) if first else None,
             generators=[batches.rng],
             resume=state and state["training"],
             save=(lambda training: run.save(model, training, poisoned, **facts)) if first else None,
@@ -103,7 +105,7 @@ def main():
 
     # Report: on every test image, clean and triggered.
     began = time.perf_counter()
-    figures = evaluate(model, test, attack, device)
+    figures = evaluate(model, test, attack)
     seconds["evaluate"] = time.perf_counter() - began
     print(figures_table(test_set.classes, figures))
 
@@ -115,7 +117,7 @@ def main():
     sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
     pictures = draw_run(results, test_set.classes, sample, attack, {"before": model}, {"before": figures}, history)
     seconds["report"] = time.perf_counter() - began
-    seconds["total"] = time.perf_counter() - start
+    seconds["total"] = sum(seconds.values())  # of a training that was resumed, with what came before
     metrics = {"model": weights, "victim": figures, **run_facts(vars(opt), attack, device, seconds)}
     write_json(os.path.join(results, "metrics.json"), metrics)
     title = os.path.basename(results)
@@ -140,13 +142,12 @@ def needs_surrogate(opt):
 
 
 def load_surrogate(opt, num_class, device):
-    """The clean model of --surrogate, frozen; by default the one in weight/, wherever the script is run from.
+    """The clean model of --surrogate, frozen; by default one's own, or the one that is shipped.
 
     Raises:
         UserError: there is none, or it is not for this data.
     """
-    beside = os.path.join(os.path.dirname(__file__), "weight", opt.dataset, "WRN-16-1-clean.pth.tar")
-    path = opt.surrogate or beside
+    path = opt.surrogate or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
     if not os.path.isfile(path):
         train_it = f"python train_badnet.py --dataset {opt.dataset} --inject_portion 0 --name WRN-16-1-clean"
         raise UserError(f"{opt.trigger_type} needs a clean model, and none is at {path}; train one: {train_it}")

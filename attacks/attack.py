@@ -123,7 +123,7 @@ class Attack:
         if self.target_type not in self._trigger.target_types:
             modes = " or ".join(self._trigger.target_types)
             raise UserError(f"{self.trigger_type} makes sense only with --target_type {modes}, not {self.target_type}")
-        if not 0 <= self.target_label < self.num_class:
+        if self.target is not None and not 0 <= self.target < self.num_class:
             raise UserError(f"target label {self.target_label} is not one of 0..{self.num_class - 1}")
         if not 0 <= self.inject_portion <= 1:
             raise UserError(f"the poison rate is a share between 0 and 1, not {self.inject_portion}")

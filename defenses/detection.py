@@ -37,7 +37,7 @@ class Found:
 
     form: "pixels" or "warp".
     size: of its pattern, an L1 norm over pixels and channels in units of the full range [0, 1], or a shift in pixels.
-    hit_rate: share 0..1 of images of other labels that it turns.
+    hit_rate: share 0..1 of images of other labels turned in the step that ended with it.
     index: by how many deviations `size` is above (or, negative, below) the median of all labels.
     of_median, of_range: `size` as a share of the median, and of what changes every pixel from black to white or moves
         it across the image.

@@ -36,7 +36,7 @@ class Trigger:
     """An inverted trigger.
 
     pattern: (3, H, W) or (2, H, W) float, as defenses.forms has it; where it is added, what 8 bits cannot show is 0.
-    hit_rate: share 0..1 of images that it turns.
+    hit_rate: share 0..1 of images turned in the step of the search that ended with it.
     others: (V, C, H, W), more of them, that the victim answers to alike, or None.
     """
 

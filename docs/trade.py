@@ -41,16 +41,19 @@ FOLDER = os.path.dirname(__file__)
 
 def main():
     opt, given = config.parse("main.py")
+    published, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
+    if config.compares(opt) or opt.defense != "mcl" or opt.positive != "finetuned":
+        raise UserError("this measures mcl with --positive finetuned on one model; leave out --defense and --positive")
     device = pick_device(opt.device)
-    precision = opt.precision = pick_precision(opt.precision, device)
+    opt.precision = published.precision = pick_precision(opt.precision, device)
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
     keep_freed_memory()
     (path,) = victim_paths(opt)
     victim, attack, _ = load_victim(opt, given, path, test_set, device)
     if attack.target is None:
         raise UserError(f"{path} has no single target, whose class this measures")
-    if opt.defense != "mcl" or opt.target not in ("auto", attack.target):
-        raise UserError("this measures mcl against the attack's own target; leave out --defense and --target")
+    if opt.target not in ("auto", attack.target):
+        raise UserError("this measures mcl against the attack's own target; leave out --target")
     target = attack.target
     others = torch.ones(len(train_set.labels), dtype=torch.bool)
     others[get_clean_split(opt, train_set, attack, device).index] = False
@@ -63,7 +66,7 @@ def main():
 
     def measure(model, recipe):
         for images, eval_set in sets.items():
-            figures = evaluate(model, eval_set, attack, device)
+            figures = evaluate(model, eval_set, attack)
             target_class = figures.pop("per_class")[target]
             rows.append({"recipe": recipe, "seed": opt.seed, "images": images, **figures, "target_class": target_class})
             print(*(f"{value:.2f}" if isinstance(value, float) else value for value in rows[-1].values()), sep="  ")
@@ -92,9 +95,7 @@ def main():
         for batches, state in zip((case.training, case.plain), drawn, strict=True):
             batches.rng.set_state(state)  # every weight has the batches that main.py has
         measure(purified(opt, case, positive), f"{weight:g}")
-    opt, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
-    opt.precision = precision
-    measure(purified(opt, case_of(opt), victim), "published recipe")
+    measure(purified(published, case_of(published), victim), "published recipe")
     write_csv(os.path.join(FOLDER, "trade.csv"), rows)
     draw(rows, os.path.join(FOLDER, "trade.png"))
 

@@ -144,7 +144,7 @@ def our_purification(victim, images, labels, opt):
 
 
 def our_evaluation(victim, images, labels, opt):
-    predict(victim, Batches(TensorImages(images, labels), EVAL_BATCH, opt.device), opt.device)
+    predict(victim, Batches(TensorImages(images, labels), EVAL_BATCH, opt.device))
 
 
 SIDES = {

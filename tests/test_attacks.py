@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import FACTS
 from PIL import Image
 from torch import nn
 
@@ -219,6 +220,7 @@ def test_label_modes():
         assert attack_of(target_type=target_type).counts(labels).tolist() == [True, True, False, True, True]
     assert attack_of(target_type="all2all").wanted(labels).tolist() == [1, 2, 3, 4, 0]
     assert attack_of(target_type="all2all").counts(labels).all()
+    assert Attack("gridTrigger", "all2all", 5, 3, 0.1).wanted(labels[:3]).tolist() == [1, 2, 0]  # 5 means nothing
 
 
 @pytest.mark.parametrize(("target_type", "count"), [("all2one", 4), ("all2all", 4), ("cleanLabel", 1)])
@@ -299,14 +301,14 @@ def test_a_reloaded_victim_measures_what_it_was_saved_with(images, trigger_type,
     torch.manual_seed(0)
     victim, again = select_model("WRN-10-1", 5), select_model("WRN-10-1", 5)
     cpu = torch.device("cpu")
-    save_checkpoint(path, victim, attack=attack.state())
+    save_checkpoint(path, victim, **FACTS, attack=attack.state())
     checkpoint = read_checkpoint(path)
     load_weights(again, checkpoint["state_dict"], path, "WRN-10-1")
     restored = Attack.restore(checkpoint["attack"])
     assert torch.equal(attack.stamp(images), restored.stamp(images))
     assert restored.describe() == attack.describe()
     before, after = (
-        evaluate(model, get_eval_set(images, labels, of, cpu), of, cpu)
+        evaluate(model, get_eval_set(images, labels, of, cpu), of)
         for model, of in ((victim, attack), (again, restored))
     )
     assert before == after

@@ -1,12 +1,15 @@
 """Checkpoints: what is written comes back, what users have is read, what does not fit is told in one line."""
 
+import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import FACTS, ROOT
 
 from models import select_model
-from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import find_weights, load_weights, read_checkpoint, save_checkpoint
 from utils.errors import RunError, UserError
 from utils.files import check_folder, write_csv, write_file, write_json
 
@@ -19,7 +22,7 @@ def model():
 
 def test_a_saved_model_comes_back_with_its_facts(model, tmp_path):
     path = str(tmp_path / "new" / "a.tar")
-    save_checkpoint(path, model, arch="WRN-10-1", attack={"target_label": 2})
+    save_checkpoint(path, model, **FACTS, attack={"target_label": 2})
     checkpoint = read_checkpoint(path)
     other = select_model("WRN-10-1", 4)
     load_weights(other, checkpoint["state_dict"], path, "WRN-10-1")
@@ -36,6 +39,21 @@ def test_the_forms_that_users_have(model, tmp_path, holder, prefix):
     path = str(tmp_path / "a.pth")
     torch.save({holder: weights, "epoch": 3} if holder else weights, path)
     load_weights(select_model("WRN-10-1", 4), read_checkpoint(path)["state_dict"], path, "WRN-10-1")
+
+
+def test_what_a_stranger_calls_its_architecture_and_attack_is_left_out(model, tmp_path):
+    path = str(tmp_path / "a.pth")
+    torch.save({"state_dict": model.network.state_dict(), "arch": "resnet18", "attack": "badnet"}, path)
+    assert read_checkpoint(path).keys() == {"state_dict"}
+
+
+def test_own_weights_go_before_those_that_are_shipped(tmp_path):
+    shipped = find_weights(str(tmp_path), "CIFAR10", "WRN-16-1-badnet")
+    assert Path(shipped) == ROOT / "weight" / "CIFAR10" / "WRN-16-1-badnet.pth.tar"
+    own = tmp_path / "CIFAR10" / "WRN-16-1-badnet.pth.tar"
+    own.parent.mkdir()
+    own.touch()
+    assert find_weights(str(tmp_path), "CIFAR10", "WRN-16-1-badnet") == str(own)
 
 
 class Hostile:
@@ -101,3 +119,8 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path):
 def test_csv_has_one_header_over_all_columns(tmp_path):
     write_csv(str(tmp_path / "a.csv"), [{"epoch": 1}, {"epoch": 2, "acc": 3.5}])
     assert (tmp_path / "a.csv").read_text() == "epoch,acc\n1,\n2,3.5\n"
+
+
+def test_figures_of_nothing_are_null_in_json(tmp_path):
+    write_json(str(tmp_path / "a.json"), {"per_class": [50.0, float("nan")], "all": {"index": float("-inf")}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"per_class": [50.0, None], "all": {"index": None}}

@@ -126,12 +126,6 @@ def test_images_of_a_label_do_not_count_for_it(batches):
     assert found[4].hit_rate > 0
 
 
-def test_the_victim_has_no_gradient_of_its_own(batches):
-    victim = torch.nn.Sequential(Columns(), torch.nn.Linear(8, 8)).requires_grad_(False)
-    search(victim, batches, steps=1)
-    assert victim[1].weight.grad is None
-
-
 class Turning(torch.nn.Module):
     """Says the label after that of `Columns` where the last row is red."""
 

@@ -58,19 +58,19 @@ def test_predictions_come_in_order():
     for i, channel in enumerate((2, 0, 1, 1, 0)):
         images[i, channel] = 1
     batches = [(images[:3], None), (images[3:], None)]
-    assert predict(Brightest().train(), batches, torch.device("cpu")).tolist() == [2, 0, 1, 1, 0]
+    assert predict(Brightest().train(), batches).tolist() == [2, 0, 1, 1, 0]
 
 
 def test_watching_happens_every_so_many_epochs():
-    assert watcher(None, None, torch.device("cpu"), "fp32", 0)(None, 1) == {}
-    assert watcher(None, None, torch.device("cpu"), "fp32", 3)(None, 4) == {}
+    assert watcher(None, None, 0)(None, 1) == {}
+    assert watcher(None, None, 3)(None, 4) == {}
 
 
 def test_what_is_watched_is_logged_too():
     images, labels = torch.zeros(3, 3, 2, 2), torch.tensor([0, 1, 2])
     test = SimpleNamespace(clean=[(images, labels)], triggered=[(images[:2], labels[:2])], labels=labels)
     logged = []
-    watch = watcher(test, attack_of("all2one"), torch.device("cpu"), "fp32", 2, lambda *what: logged.append(what))
+    watch = watcher(test, attack_of("all2one"), 2, lambda *what: logged.append(what))
     rows = [watch(Brightest(), epoch) for epoch in (1, 2)]
     assert rows[0] == {}
     assert set(rows[1]) == {"acc", "acc_published", "asr", "ra"}

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import FACTS, ROOT
 from PIL import Image
 
 import train_badnet
@@ -193,7 +193,7 @@ def test_which_state_a_run_goes_on_from(tmp_path, capsys):
     folder = str(tmp_path)
     assert Resumable(folder, options, True).read(poisoned) is None
     assert "starting at the beginning" in capsys.readouterr().out
-    Resumable(folder, options, False).save(model, {"history": []}, poisoned, arch="WRN-10-1")
+    Resumable(folder, options, False).save(model, {"history": []}, poisoned, **FACTS)
     assert Resumable(folder, {**options, "name": "b"}, True).read(poisoned)["training"] == {"history": []}
     assert Resumable(folder, options, False).read(poisoned) is None
     assert "--resume goes on" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from utils.errors import UserError
 from utils.files import write_file
 from utils.untrusted import Refused, printable, read_untrusted
 
+SHIPPED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weight")
 # Under which keys, if any, public code keeps the state_dict, one within another at times.
 HOLDERS = ("state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
@@ -26,12 +27,23 @@ def save_checkpoint(path: str, model, **facts) -> None:
     write_file(path, lambda file: file.write(content.getbuffer()))
 
 
+def find_weights(root: str, dataset: str, name: str) -> str:
+    """Where the weights of a name are: in `root`, where train_badnet.py writes them, else beside the code, shipped.
+
+    Returns:
+        <root>/<dataset>/<name>.pth.tar, or weight/<dataset>/<name>.pth.tar of this repository.
+    """
+    own, shipped = (os.path.join(folder, dataset, f"{name}.pth.tar") for folder in (root, SHIPPED))
+    return own if os.path.isfile(own) else shipped
+
+
 def read_checkpoint(path: str) -> dict:
     """Read a file of ours or a published one, torch's or safetensors'; nothing in it is executed.
 
     Returns:
         a dict with "state_dict" and, in files of ours, "arch" (str), "num_class" (int), "normalization" (mean and std,
-        3 numbers each), all checked, and "dataset", "attack" (for attacks.restore) and "metrics", which are not.
+        3 numbers each), all checked, and "dataset", "attack" (for attacks.restore) and "metrics", which are not. A
+        file that has not the first three is a stranger's, whose words for the others may mean anything: left out.
 
     Raises:
         UserError: no such file, not a checkpoint, nothing in it that looks like a state_dict, weights that are no
@@ -60,8 +72,10 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f"{path} has the same bytes stand for many weights, which no network here does")
     if not all(tensor.float().isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path} has weights that are not finite numbers")
+    if not FACTS.keys() <= facts.keys():
+        return {"state_dict": weights}
     for name, (allowed, told) in FACTS.items():
-        if name in facts and not allowed(facts[name]):
+        if not allowed(facts[name]):
             raise UserError(f"{path}: its {name} is not {told}")
     return {**facts, "state_dict": weights}
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 
@@ -77,8 +78,8 @@ def check_folder(path: str, *files: str) -> None:
 
 
 def write_json(path: str, content: dict) -> None:
-    """Write `content` as indented JSON."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write `content` as indented JSON; what is no finite number, as a figure of no images, is null."""
+    write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: str, text: str) -> None:
@@ -94,3 +95,12 @@ def write_csv(path: str, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def _plain(content):
+    """JSON has no word for nan and infinity."""
+    if isinstance(content, dict):
+        return {name: _plain(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -2,17 +2,14 @@
 
 import torch
 
-from utils.device import autocast
-
 
 @torch.inference_mode()
-def predict(model, batches, device, precision="fp32") -> torch.Tensor:
+def predict(model, batches) -> torch.Tensor:
     """The predicted label of every image, (N,) int64 on the CPU, in the order of `batches` ((images, ...) tuples)."""
     model.eval()
     predicted = []
     for images, *_ in batches:
-        with autocast(device, precision):
-            predicted.append(model(images).argmax(1))
+        predicted.append(model(images).argmax(1))
     return torch.cat(predicted).cpu()
 
 
@@ -51,14 +48,14 @@ def accuracy_figures(clean: torch.Tensor, triggered: torch.Tensor, labels: torch
     }
 
 
-def evaluate(model, test, attack, device, precision="fp32") -> dict:
+def evaluate(model, test, attack) -> dict:
     """Predict `test` (its .clean and .triggered batches, its .labels) and return `accuracy_figures`."""
-    clean = predict(model, test.clean, device, precision)
-    triggered = predict(model, test.triggered, device, precision)
+    clean = predict(model, test.clean)
+    triggered = predict(model, test.triggered)
     return accuracy_figures(clean, triggered, test.labels, attack)
 
 
-def watcher(test, attack, device, precision, every, log=None):
+def watcher(test, attack, every, log=None):
     """A function of (model, epoch) that measures every so many epochs (0: never), for the history of a training.
 
     `log`, a function of (figures, epoch), is told each time.
@@ -67,7 +64,7 @@ def watcher(test, attack, device, precision, every, log=None):
     def watch(model, epoch):
         if every == 0 or epoch % every:
             return {}
-        figures = evaluate(model, test, attack, device, precision)
+        figures = evaluate(model, test, attack)
         seen = {name: figures[name] for name in ("acc", "acc_published", "asr", "ra")}
         if log:
             log(seen, epoch)
