@@ -38,7 +38,7 @@ DEFENSES = {
     "ibau": {"epochs": 5, "batch_size": 100, "lr": 1e-3, "augment": "none"},
     "nc": _INVERTED | _SGD,
     "ftsam": _COSINE | {"epochs": 100, "batch_size": 256, "weight_decay": 5e-4, "rho": 2.0},
-    "fst": _COSINE | {"epochs": 10, "batch_size": 128, "weight_decay": 0.0, "alpha": 0.2},
+    "fst": _COSINE | {"epochs": 10, "batch_size": 128, "weight_decay": 0.0, "alpha": 0.005},
 }
 DATA_ROOT = os.environ.get("MCL_DATA_ROOT") or "data"
 

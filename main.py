@@ -13,12 +13,11 @@ with all of it; comparison.csv, .md and .png of a comparison).
 import os
 
 import config
-from attacks import Attack
-from data_loader import get_attack, get_clean_split, get_eval_set, get_normalization, load_images, spread
+from attacks.victim import load_victim
+from data_loader import get_clean_split, get_eval_set, load_images, spread
 from defenses import DEFENSES, Case
 from defenses.detection import choose_label, search_target
 from defenses.inversion import ANY, label_name
-from models import load_model
 from utils.board import open_board
 from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
 from utils.comparison import comparison_row, comparison_text, write_comparison
@@ -103,14 +102,7 @@ def run(opt, given, name) -> dict:
         figures = {"before": evaluate(victim, test, attack)}
     models, curves, history, trigger = {"before": victim}, [], [], None
 
-    target, searched = ANY if opt.target == "any" else opt.target, None
-    if target == "auto":
-        with clock("detect"):
-            rng = generator(opt.seed, "search")
-            searched = search_target(victim, split.search, attack.num_class, device, rng, precision=opt.precision)
-        print(search_table([found.facts() for found in searched]))
-        target, told = choose_label(searched, opt.force)
-        print(told)
+    target, searched = find_target(opt, victim, split, attack.num_class, device, clock)
     if opt.defense != "none" and not (searched and target is None):
         told = "" if target is None else f"; against {label_name(target)}"
         print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images{told}")
@@ -163,16 +155,17 @@ def run(opt, given, name) -> dict:
     return metrics
 
 
-# What a checkpoint may state, and the options that say it where it does not.
-STATED = {
-    "arch": ("arch",),
-    "num_class": ("num_class",),
-    "normalization": ("normalize",),
-    "attack": (
-        *("trigger_type", "target_type", "target_label"),
-        *("trig_w", "trig_h", "opacity", "trigger_image", "delta", "warp"),
-    ),
-}
+def find_target(opt, victim, split, num_class, device, clock):
+    """The label to work against, or ANY, and the rows of the search for it; None for what there is not."""
+    if opt.target != "auto":
+        return ANY if opt.target == "any" else opt.target, None
+    with clock("detect"):
+        rng = generator(opt.seed, "search")
+        searched = search_target(victim, split.search, num_class, device, rng, precision=opt.precision)
+    print(search_table([found.facts() for found in searched]))
+    target, told = choose_label(searched, opt.force)
+    print(told)
+    return target, searched
 
 
 def victim_paths(opt) -> list[str]:
@@ -186,27 +179,6 @@ def file_stem(path: str) -> str:
     for ending in (".tar", ".pth", ".pt", ".safetensors"):
         name = name.removesuffix(ending)
     return name
-
-
-def load_victim(opt, given, path, test_set, device):
-    """f_B, frozen, with its attack and the facts to save beside purified weights, from the file or else the options."""
-    checkpoint = read_checkpoint(path)
-    for key, options in STATED.items():
-        for name in given.intersection(options):
-            if key in checkpoint:
-                stated = Attack.restore(checkpoint[key]).describe() if key == "attack" else checkpoint[key]
-                raise UserError(f"{path} states its {key}, {stated}; leave out --{name}")
-    arch, classes = checkpoint.get("arch", opt.arch), len(test_set.classes)
-    num_class = checkpoint.get("num_class", opt.num_class or classes)
-    if num_class < classes:
-        raise UserError(f"{opt.dataset} has {classes} classes, the model {num_class}")
-    normalization = checkpoint.get("normalization") or get_normalization(opt)
-    stated = checkpoint.get("attack")
-    attack = Attack.restore(stated, num_class, test_set.images[:1]) if stated is not None else None
-    attack = attack or get_attack(opt, num_class, test_set.size)
-    victim = load_model(checkpoint["state_dict"], path, arch, num_class, *normalization)
-    facts = {"arch": arch, "num_class": num_class, "dataset": opt.dataset, "normalization": normalization}
-    return victim.to(device).eval().requires_grad_(False), attack, {**facts, "attack": attack.state()}
 
 
 if __name__ == "__main__":

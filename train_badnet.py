@@ -17,12 +17,13 @@ import time
 import torch.nn.functional as F
 
 import config
+from attacks.victim import load_surrogate
 from data_loader import get_attack, get_backdoor_loader, get_eval_set, get_normalization, load_images, spread
-from models import load_model, select_model
+from models import select_model
 from utils.board import open_board
-from utils.checkpoint import find_weights, load_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import load_weights, save_checkpoint
 from utils.device import keep_freed_memory, pick_device, pick_precision
-from utils.errors import RunError, UserError, run_script
+from utils.errors import RunError, run_script
 from utils.files import check_folder, write_csv, write_json
 from utils.metrics import evaluate, watcher
 from utils.page import write_page
@@ -139,25 +140,6 @@ def victim_name(opt):
 def needs_surrogate(opt):
     """A trojan patch is made on a clean model; the noise of clTrigger, in poisoned images alone, against one."""
     return opt.trigger_type == "trojanTrigger" or (opt.trigger_type == "clTrigger" and opt.inject_portion > 0)
-
-
-def load_surrogate(opt, num_class, device):
-    """The clean model of --surrogate, frozen; by default one's own, or the one that is shipped.
-
-    Raises:
-        UserError: there is none, or it is not for this data.
-    """
-    path = opt.surrogate or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
-    if not os.path.isfile(path):
-        train_it = f"python train_badnet.py --dataset {opt.dataset} --inject_portion 0 --name WRN-16-1-clean"
-        raise UserError(f"{opt.trigger_type} needs a clean model, and none is at {path}; train one: {train_it}")
-    checkpoint = read_checkpoint(path)
-    arch, classes = checkpoint.get("arch", opt.arch), checkpoint.get("num_class", num_class)
-    if classes != num_class:
-        raise UserError(f"{opt.dataset} has {num_class} classes, the clean model {path} {classes}")
-    normalization = checkpoint.get("normalization") or get_normalization(opt)
-    model = load_model(checkpoint["state_dict"], path, arch, classes, *normalization)
-    return model.to(device).eval().requires_grad_(False)
 
 
 if __name__ == "__main__":

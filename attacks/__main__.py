@@ -4,7 +4,7 @@
     python -m attacks --out triggers.png --dataset shapes    on drawn pictures, no download
 
 Each attack has the defaults that train_badnet.py trains it with, and the view of the test, but for clTrigger, whose
-noise is in the training images alone. A script, and so the one part of this package that knows the others.
+noise is in the training images alone. It and victim.py are the parts of this package that know the others.
 """
 
 from dataclasses import replace
@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import config
+from attacks.victim import load_surrogate
 from data_loader import get_attack, load_images
-from train_badnet import load_surrogate
 from utils.device import pick_device
 from utils.errors import UserError, run_script
 from utils.files import write_file

@@ -25,7 +25,8 @@ def defend(case, *, alpha, **training) -> Purified:
 
     Args:
         case: a defenses.case.Case.
-        alpha: weight of the product of the two last layers' weights; published: 0.1 to 0.2.
+        alpha: weight of the product of the two last layers' weights; published: 0.1 to 0.2, which where ||w_victim||^2
+            is large (a WRN-16-1 of the MCL paper: 334) outweighs the labels.
         training: what utils.training.train takes.
     """
     student = copy.deepcopy(case.victim).requires_grad_(True)

@@ -18,11 +18,12 @@ import matplotlib.pyplot as plt
 import torch
 
 import config
+from attacks.victim import load_victim
 from data_loader import get_clean_split, get_eval_set, load_images
 from defenses import Case
 from defenses.inversion import find_trigger
 from defenses.mcl import finetune, patterns_of, purify
-from main import load_victim, victim_paths
+from main import victim_paths
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.errors import UserError, run_script
 from utils.files import write_csv, write_file

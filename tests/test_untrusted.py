@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import config
+from attacks.victim import load_victim
 from data_loader import ImageSet
-from main import load_victim
 from models import select_model
 from utils.errors import UserError
 
