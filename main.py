@@ -92,6 +92,8 @@ def run(opt, given, name) -> dict:
         victim, attack, facts = load_victim(opt, given, path, test_set, device)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
+        of_all = f"{len(train_set.labels):,} training images"
+        del train_set  # 150 MB that nobody needs any more
         keep_freed_memory()
         if isinstance(opt.target, int) and opt.target >= attack.num_class:
             raise UserError(f"--target {opt.target} is not one of the labels 0..{attack.num_class - 1}")
@@ -105,7 +107,7 @@ def run(opt, given, name) -> dict:
     target, searched = find_target(opt, victim, split, attack.num_class, device, clock)
     if opt.defense != "none" and not (searched and target is None):
         told = "" if target is None else f"; against {label_name(target)}"
-        print(f"clean split: {len(split.index):,} of {len(train_set.labels):,} training images{told}")
+        print(f"clean split: {len(split.index):,} of {of_all}{told}")
         look = watcher(split.watched, attack, opt.print_freq, log)
 
         def watch(model, epoch):
