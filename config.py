@@ -130,7 +130,8 @@ def _add_defense(parser):
     def own(option, kind, told, **how):
         _own(add, DEFENSES, option, told, **({"type": kind} if kind else {}), **how)
 
-    add("--model", nargs="+", help="the victim's checkpoint (default: weight/<dataset>/WRN-16-1-badnet.pth.tar)")
+    told = "the victim's checkpoint (default: <dataset>/WRN-16-1-badnet.pth.tar, one's own or the shipped one)"
+    add("--model", nargs="+", help=told)
     told = "none only measures the model; all compares them, and so do several models"
     add("--defense", default="mcl", choices=[*DEFENSES, "none", "all"], help=told)
     add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
