@@ -24,7 +24,7 @@ ATTACKS = {
     "clTrigger": ("cl", "cleanLabel", {"epsilon": 8, "surrogate": None}),
     "wanetTrigger": ("wanet", "all2one", {"warp": 1.0, "noise_ratio": 1.0}),
 }
-# Defense -> the options of its own with the defaults of its recipe: as published, but for mcl, and nc (as ft).
+# Defense -> the options of its own with the defaults of its recipe: as published, but for mcl, nc (as ft), fst's alpha.
 _SGD = {"epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop", "momentum": 0.9, "weight_decay": 1e-4}
 _SGD |= {"augment": "crop_flip"}
 _COSINE = _SGD | {"lr": 0.01, "schedule": "cosine"}

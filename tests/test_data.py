@@ -156,3 +156,10 @@ def test_cifar10_is_whole(cifar_root):
     assert data.images.shape == (10_000, 32, 32, 3)
     assert data.labels.bincount().tolist() == [1000] * 10
     assert data.classes[5] == "dog"
+
+
+def test_half_a_gtsrb_is_refused(monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.GTSRB", lambda *_, **__: range(5))
+    opt = argparse.Namespace(dataset="GTSRB", data_root="there", image_size=32, num_class=None)
+    with pytest.raises(UserError, match=r"GTSRB has 26,640 pictures to train with, there.gtsrb 5"):
+        load_images(opt, "train")
