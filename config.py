@@ -29,7 +29,7 @@ _SGD = {"epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop", "momentum
 _SGD |= {"augment": "crop_flip"}
 _COSINE = _SGD | {"lr": 0.01, "schedule": "cosine"}
 _INVERTED = {"target": "auto", "force": False, "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3}
-_MCL = {"positive": "finetuned", "finetune_epochs": 5, "finetune_lr": 0.003, "epochs": 8, "schedule": "onecycle"}
+_MCL = {"positive": "finetuned", "finetune_epochs": 3, "finetune_lr": 0.003, "epochs": 5, "schedule": "onecycle"}
 _MCL |= {"temperature": 0.15, "align_weight": 12.0, "contrast": "others", "ema": 0.97}
 DEFENSES = {
     "mcl": _INVERTED | _SGD | _MCL,
