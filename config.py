@@ -1,301 +1,269 @@
-"""Every option and its default. Edit a default here to change it for good, or give the option on the command line."""
+"""Every value of a run. Edit one here, or give the option of the same name on the command line."""
 
-import argparse
-import math
 import os
-import sys
+from argparse import Namespace
+from functools import partial
 
-from utils.errors import nearest
+from utils import cli
 
-DATASETS = ["CIFAR10", "CIFAR100", "GTSRB", "folder", "shapes"]
-SCHEDULES = ["onecycle", "cosine", "steps", "drop"]
-# Label mode -> poison rate. all2all asks more of a model; cleanLabel counts the images of the target class alone.
-RATES = {"all2one": 0.1, "all2all": 0.2, "cleanLabel": 0.5}
-# Trigger -> what its victims are called, the label mode it is known with, and the options of its own.
+RUN = {
+    "dataset": "CIFAR10",
+    "data_root": os.environ.get("MCL_DATA_ROOT") or "data",  # the folder that holds cifar-10-batches-py
+    "image_size": 32,  # pixels a side, for GTSRB and folder
+    "arch": "WRN-16-1",
+    "normalize": "dataset",  # the data set's mean and standard deviation; none: raw [0, 1]
+    "trigger_type": "gridTrigger",
+    "target_label": 5,  # the attacker's label
+    "seed": 1,  # fixes poisoning, clean split, weights, batches and inversion
+    "device": "auto",  # CUDA if available
+    "precision": "fp32",  # of training; evaluation is always fp32
+    "print_freq": 1,  # epochs between two measurements of ACC and ASR during training; 0: none
+    "checkpoint_root": "weight",
+    "log_root": "results",
+}
+
+# Training of the victim (train_badnet.py)
+TRAINING = {
+    "epochs": 20,
+    "batch_size": 128,
+    "lr": 0.4,  # peak of the schedule
+    "schedule": "onecycle",
+    "momentum": 0.9,  # Nesterov
+    "weight_decay": 5e-4,
+}
+
+# label mode -> poison rate: the fraction of the training images, for cleanLabel of the target class
+POISON_RATES = {"all2one": 0.1, "all2all": 0.2, "cleanLabel": 0.5}
+
+# trigger -> the name of its victims, its usual label mode, its options, and those for training images alone
 ATTACKS = {
-    "gridTrigger": ("badnet", "all2one", {}),
-    "squareTrigger": ("square", "all2one", {"trig_w": 3, "trig_h": 3}),
-    "fourCornerTrigger": ("corners", "all2one", {}),
-    "centerTrigger": ("center", "all2one", {}),
-    "randomPixelTrigger": ("pixels", "all2one", {"opacity": 0.2}),
-    "blendTrigger": ("blend", "all2one", {"opacity": 0.2, "trigger_image": None}),
-    "trojanTrigger": ("trojan", "all2one", {"trig_w": 5, "trig_h": 5, "surrogate": None}),
-    "signalTrigger": ("sig", "cleanLabel", {"delta": 40.0, "train_delta": 30.0}),
-    "clTrigger": ("cl", "cleanLabel", {"epsilon": 8, "surrogate": None}),
-    "wanetTrigger": ("wanet", "all2one", {"warp": 1.0, "noise_ratio": 1.0}),
+    "gridTrigger": {"name": "badnet", "target_type": "all2one"},
+    "squareTrigger": {"name": "square", "target_type": "all2one", "options": {"trig_w": 3, "trig_h": 3}},
+    "fourCornerTrigger": {"name": "corners", "target_type": "all2one"},
+    "centerTrigger": {"name": "center", "target_type": "all2one"},
+    "randomPixelTrigger": {"name": "pixels", "target_type": "all2one", "options": {"opacity": 0.2}},
+    "blendTrigger": {"name": "blend", "target_type": "all2one", "options": {"opacity": 0.2, "trigger_image": None}},
+    "trojanTrigger": {
+        "name": "trojan",
+        "target_type": "all2one",
+        "options": {"trig_w": 5, "trig_h": 5},
+        "training": {"surrogate": None},
+    },
+    "signalTrigger": {
+        "name": "sig",
+        "target_type": "cleanLabel",
+        "options": {"delta": 40.0},
+        "training": {"train_delta": 30.0},
+    },
+    "clTrigger": {"name": "cl", "target_type": "cleanLabel", "training": {"epsilon": 8, "surrogate": None}},
+    "wanetTrigger": {
+        "name": "wanet",
+        "target_type": "all2one",
+        "options": {"warp": 1.0},
+        "training": {"noise_ratio": 1.0},
+    },
 }
-# Defense -> the options of its own with the defaults of its recipe: as published, but for mcl, nc (as ft), fst's alpha.
-_SGD = {"epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop", "momentum": 0.9, "weight_decay": 1e-4}
-_SGD |= {"augment": "crop_flip"}
-_COSINE = _SGD | {"lr": 0.01, "schedule": "cosine"}
-_INVERTED = {"target": "auto", "force": False, "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3}
-_MCL = {"positive": "finetuned", "finetune_epochs": 3, "finetune_lr": 0.003, "epochs": 5, "schedule": "onecycle"}
-_MCL |= {"temperature": 0.15, "align_weight": 12.0, "contrast": "others", "ema": 0.97}
+
+# The defender's clean images (main.py)
+RATIO = 0.05  # clean split: fraction of the training images
+
+# defense -> its recipe
+# fmt: off
 DEFENSES = {
-    "mcl": _INVERTED | _SGD | _MCL,
-    "ft": _SGD,
-    "nad": _SGD | {"finetune_epochs": 10, "finetune_lr": 0.1},
-    "ibau": {"epochs": 5, "batch_size": 100, "lr": 1e-3, "augment": "none"},
-    "nc": _INVERTED | _SGD,
-    "ftsam": _COSINE | {"epochs": 100, "batch_size": 256, "weight_decay": 5e-4, "rho": 2.0},
-    "fst": _COSINE | {"epochs": 10, "batch_size": 128, "weight_decay": 0.0, "alpha": 0.005},
+    "mcl": {
+        # the target label and the inverted trigger
+        "target": "auto",  # search for the target label
+        "force": False,  # defend even where the search flags no label
+        "inversion_rounds": 5,  # published: 1
+        "inversion_steps": 36,  # a round
+        "inversion_batches": 3,  # a step
+        # the clean-finetuned model
+        "positive": "finetuned",  # the paper's own code: backdoored
+        "finetune_epochs": 3,
+        "finetune_lr": 0.003,
+        # the student
+        "epochs": 5,  # published: 20
+        "batch_size": 64,
+        "lr": 0.1,  # peak of the schedule
+        "schedule": "onecycle",  # published: steps
+        "momentum": 0.9,  # Nesterov
+        "weight_decay": 1e-4,
+        "augment": "crop_flip",  # published: none
+        "temperature": 0.15,  # published: 0.5
+        "align_weight": 12.0,  # of 1 - cos(z, z+); published: 0
+        "contrast": "others",  # images of the target class are left out; published: all
+        "ema": 0.97,  # decay of the averaged weights; published: 0, the last weights
+    },
+    "ft": {  # as NAD's authors fine-tune
+        "epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop",
+        "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
+    },
+    "nad": {  # Li et al., ICLR 2021; finetune: the teacher
+        "finetune_epochs": 10, "finetune_lr": 0.1,
+        "epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop",
+        "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
+    },
+    "ibau": {  # Zeng et al., ICLR 2022; epochs: rounds; lr: of Adam
+        "epochs": 5, "batch_size": 100, "lr": 1e-3, "augment": "none",
+    },
+    "nc": {  # Wang et al., S&P 2019: the inversion of mcl, the schedule of ft
+        "target": "auto", "force": False,
+        "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3,
+        "epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop",
+        "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
+    },
+    "ftsam": {  # Zhu et al., ICCV 2023
+        "rho": 2.0,
+        "epochs": 100, "batch_size": 256, "lr": 0.01, "schedule": "cosine",
+        "momentum": 0.9, "weight_decay": 5e-4, "augment": "crop_flip",
+    },
+    "fst": {  # Min et al., NeurIPS 2023; alpha published: 0.1 to 0.2
+        "alpha": 0.005,
+        "epochs": 10, "batch_size": 128, "lr": 0.01, "schedule": "cosine",
+        "momentum": 0.9, "weight_decay": 0.0, "augment": "crop_flip",
+    },
 }
-DATA_ROOT = os.environ.get("MCL_DATA_ROOT") or "data"
+# fmt: on
 
 
-def get_arguments(script: str = "main.py") -> argparse.ArgumentParser:
-    """The parser of "main.py" or "train_badnet.py", each with just the options that it uses."""
-    parser = OneLineParser(prog=script, formatter_class=DefaultsShown)
-    if script == "main.py":
-        _add_defense(parser)
-    else:
-        _add_training(parser)
+# The options, a line each. Their defaults are the values above.
+
+SCHEDULE_NAMES = ["onecycle", "cosine", "steps", "drop"]
+
+
+def trigger_options(training: bool = False) -> dict[str, dict]:
+    """trigger -> its options and their defaults, with those for training images alone if `training`."""
+    kinds = ("options", "training") if training else ("options",)
+    return {
+        trigger: {name: value for kind in kinds for name, value in attack.get(kind, {}).items()}
+        for trigger, attack in ATTACKS.items()
+    }
+
+
+def get_arguments(script: str = "main.py", description: str | None = None) -> cli.OneLineParser:
+    """The parser of "main.py" or "train_badnet.py", each with its own options; the description opens its help."""
+    parser = cli.OneLineParser(prog=script, description=description)
+    training = script == "train_badnet.py"
+    _add_training(parser) if training else _add_defense(parser)
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="CIFAR10", choices=DATASETS, help="shapes is built in, the others lie in --data_root")
-    add("--data_root", default=DATA_ROOT, help="torchvision's files, or folder's train/ and test/; also $MCL_DATA_ROOT")
-    add("--image_size", type=positive, default=32, help="pixels a side, for GTSRB and folder, whose pictures differ")
-    add("--num_class", type=positive, help="number of classes; follows the data set unless given")
+    add("--dataset", choices=["CIFAR10", "CIFAR100", "GTSRB", "folder", "shapes"], help="shapes needs no download")
+    add("--data_root", help="folder of torchvision's files, or of train/ and test/; environment: MCL_DATA_ROOT")
+    add("--image_size", type=cli.positive, help="pixels a side, for GTSRB and folder")
+    add("--num_class", type=cli.positive, help="number of classes (default: the data set's)")
 
-    add = parser.add_argument_group("model (main.py takes from the checkpoint what it states)").add_argument
-    add("--arch", default="WRN-16-1", help="WRN-<depth>-<width>, ResNet18 or PreActResNet18")
-    add("--normalize", default="dataset", choices=["dataset", "none"], help="input normalisation; none: raw [0, 1]")
-    _add_attack(parser, training=script != "main.py")
+    add = parser.add_argument_group("model" if training else "model (if its file does not state them)").add_argument
+    add("--arch", help="WRN-<depth>-<width>, ResNet18 or PreActResNet18")
+    add("--normalize", choices=["dataset", "none"], help="input normalization; none: raw [0, 1]")
+    _add_attack(parser, training)
 
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=long, default=1, help="fixes poisoning, split, weights, batches and inversion")
-    add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto takes CUDA where there is one")
-    add("--precision", default="fp32", choices=["auto", "fp32", "bf16"], help="of training; auto: bf16 if fast")
-    add("--print_freq", type=count, default=1, help="watch ACC and ASR every so many epochs; 0: never")
-    add("--tensorboard", action="store_true", help="log what is watched for TensorBoard too, into results/<name>/")
-    add("--checkpoint_root", default="weight", help="folder for weights")
-    add("--log_root", default="results", help="folder for <name>/: metrics.json, history.csv, report.html, pictures")
-    add("--name", help="names the run's files; made from the options unless given")
+    add("--seed", type=cli.int64, help="seed of poisoning, clean split, weights, batches and inversion")
+    add("--device", choices=["auto", "cuda", "cpu"], help="auto: CUDA if available")
+    add("--precision", choices=["auto", "fp32", "bf16"], help="of training; auto: bf16 where it is fast")
+    add("--print_freq", type=cli.count, help="measure ACC and ASR every so many epochs of training; 0: never")
+    add("--tensorboard", action="store_true", help="also log these measurements for TensorBoard")
+    add("--checkpoint_root", help="folder for weights")
+    add("--log_root", help="folder for results")
+    add("--name", help="name of this run's files (default: made from the options)")
+    parser.set_defaults(**RUN, **(TRAINING if training else {"ratio": RATIO, "defense": "mcl"}))
     return parser
 
 
-def _own(add, table, option, told, **how):
-    """An option of some triggers or defenses; parse fills in the default of the one that is chosen."""
-    takers = {}
-    for name, options in table.items():
-        if option in options:
-            value = options[option]
-            shown = "" if value is None or value is False else f"{value:g}" if isinstance(value, float) else f"{value}"
-            takers.setdefault(shown, []).append(name)
-    of = ", ".join(" ".join([*names, value]).strip() for value, names in takers.items())
-    add(f"--{option}", help=f"{told} ({of})", **how)
-
-
 def _add_attack(parser, training):
-    told = "attack" if training else "attack (where the checkpoint states none)"
-    add = parser.add_argument_group(told).add_argument
-
-    def own(option, kind, told):
-        _own(add, {trigger: own_options for trigger, (*_, own_options) in ATTACKS.items()}, option, told, type=kind)
-
-    modes = ", ".join(trigger for trigger, (_, mode, _) in ATTACKS.items() if mode == "cleanLabel")
-    add("--trigger_type", default="gridTrigger", choices=ATTACKS, help="what is stamped on")
-    add("--target_type", choices=RATES, help=f"label mode (default: all2one; cleanLabel for {modes})")
-    add("--target_label", type=int, default=5, help="the attacker's label, for all2one and cleanLabel")
-    own("trig_w", positive, "width in pixels")
-    own("trig_h", positive, "height in pixels")
-    own("opacity", share, "share of the picture that is mixed in")
-    own("trigger_image", str, "the picture, a file; drawn unless given")
-    own("delta", above_zero, "amplitude in grey levels, in the test")
-    own("warp", above_zero, "strength s of the warp")
+    add = parser.add_argument_group("attack" if training else "attack (if the model's file states none)").add_argument
+    methods = trigger_options(training)
+    add_own = partial(cli.add_method_option, add, methods)
+    add("--trigger_type", choices=ATTACKS, help="the trigger")
+    add("--target_type", choices=POISON_RATES, help="label mode (default: the trigger's usual one)")
+    add("--target_label", type=int, help="the attacker's label, for all2one and cleanLabel")
+    add_own("trig_w", "width in pixels", type=cli.positive)
+    add_own("trig_h", "height in pixels", type=cli.positive)
+    add_own("opacity", "opacity of the picture", type=cli.fraction)
+    add_own("trigger_image", "file of the picture (default: a drawn one)", type=str)
+    add_own("delta", "amplitude in grey levels", type=cli.above_zero)
+    add_own("warp", "strength s of the warp", type=cli.above_zero)
     if training:
-        rates = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
-        told = f"poison rate, for cleanLabel of the target class; 0: a clean model (default: {rates})"
-        add("--inject_portion", type=share_or_none, help=told)
-        own("train_delta", above_zero, "amplitude in grey levels, in training")
-        own("epsilon", positive, "bound of the noise, in grey levels")
-        own("noise_ratio", zero_or_more, "images with noise and their true label, for each poisoned one")
-        own("surrogate", str, "a clean model's checkpoint; weight/<dataset>/WRN-16-1-clean.pth.tar unless given")
+        rates = ", ".join(f"{rate:g} for {mode}" for mode, rate in POISON_RATES.items())
+        add("--inject_portion", type=cli.fraction_or_zero, help=f"poison rate; 0: a clean model (default: {rates})")
+        add_own("train_delta", "amplitude in grey levels, in training images", type=cli.above_zero)
+        add_own("epsilon", "bound of the adversarial noise, in grey levels", type=cli.positive)
+        add_own("noise_ratio", "cover images for each poisoned one", type=cli.zero_or_more)
+        add_own("surrogate", "checkpoint of a clean model (default: weight/<dataset>/WRN-16-1-clean.pth.tar)", type=str)
+    cli.add_undeclared_options(parser, add, methods)
 
 
 def _add_training(parser):
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive, default=20, help="passes over the poisoned training set")
-    add("--batch_size", type=positive, default=128, help="images a step")
-    add("--lr", type=above_zero, default=0.4, help="peak learning rate of the schedule")
-    add("--schedule", default="onecycle", choices=SCHEDULES, help="scaled from --lr and --epochs")
-    add("--momentum", type=decay, default=0.9, help="of SGD, Nesterov's form")
-    add("--weight_decay", type=zero_or_more, default=5e-4, help="of SGD")
-    add("--resume", action="store_true", help="go on after the last whole epoch of this command's stopped run")
+    add("--epochs", type=cli.positive, help="epochs over the poisoned training set")
+    add("--batch_size", type=cli.positive, help="images a step")
+    add("--lr", type=cli.above_zero, help="peak learning rate")
+    add("--schedule", choices=SCHEDULE_NAMES, help="learning rate schedule")
+    add("--momentum", type=cli.decay, help="Nesterov momentum of SGD")
+    add("--weight_decay", type=cli.zero_or_more, help="weight decay of SGD")
+    add("--resume", action="store_true", help="continue this command's interrupted run")
 
 
 def _add_defense(parser):
-    add = parser.add_argument_group("defense (in brackets: which takes the option, with which default)").add_argument
-
-    def own(option, kind, told, **how):
-        _own(add, DEFENSES, option, told, **({"type": kind} if kind else {}), **how)
-
-    told = "the victim's checkpoint (default: <dataset>/WRN-16-1-badnet.pth.tar, one's own or the shipped one)"
-    add("--model", nargs="+", help=told)
-    told = "none only measures the model; all compares them, and so do several models"
-    add("--defense", default="mcl", choices=[*DEFENSES, "none", "all"], help=told)
-    add("--ratio", type=share, default=0.05, help="clean split: share of the training images the defender has")
-    add("--resume", action="store_true", help="go on with a comparison that was stopped")
-    own("target", label, "the label the defender works against; auto: search for it; any: each image's own is left")
-    own("force", None, "go on where the search flags no label", action="store_const", const=True)
-    own("inversion_rounds", positive, "searches, each near where the last ended; published: 1")
-    own("inversion_steps", positive, "in a round; each ends with a look at the pattern")
-    own("inversion_batches", positive, "batches of the clean split in a step of the inversion")
-    own("positive", str, "whose clean feature is z+", choices=["finetuned", "backdoored"])
-    own("finetune_epochs", positive, "passes over the clean split to make the positive model, or NAD's teacher")
-    own("finetune_lr", above_zero, "peak learning rate of those")
-    own("epochs", positive, "passes over the clean split to purify")
-    own("batch_size", positive, "clean images a step")
-    own("lr", above_zero, "peak learning rate of the schedule")
-    own("schedule", str, "scaled from --lr and --epochs; published for mcl: steps", choices=SCHEDULES)
-    own("momentum", decay, "of SGD, Nesterov's form")
-    own("weight_decay", zero_or_more, "of SGD")
-    own("augment", str, "of the clean split; published for mcl: none", choices=["crop_flip", "none"])
-    own("temperature", above_zero, "t of the contrastive loss; published: 0.5")
-    own("align_weight", zero_or_more, "of 1 - cos(z, z+), z of x and of x'; published: 0")
-    own("contrast", str, "others: not the target class; published: all", choices=["others", "all"])
-    own("ema", decay, "decay of the averaged weights; published: 0, the last weights")
-    own("rho", above_zero, "how far FT-SAM looks for the sharpest point, relative to the weights")
-    own("alpha", zero_or_more, "weight of the product of FST's new last layer with the victim's")
+    add = parser.add_argument_group("defense (in brackets: the defenses that use the option, and default)").add_argument
+    add_own = partial(cli.add_method_option, add, DEFENSES)
+    add("--model", nargs="+", help="checkpoint of the victim (default: weight/<dataset>/WRN-16-1-badnet.pth.tar)")
+    add("--defense", choices=[*DEFENSES, "none", "all"], help="none: only measure; all: compare the defenses")
+    add("--ratio", type=cli.fraction, help="size of the clean split, as a fraction of the training images")
+    add("--resume", action="store_true", help="continue an interrupted comparison")
+    add_own("target", "target label of the backdoor; auto: search; any: any label but an image's own", type=cli.target)
+    add_own("force", "defend even where the search flags no label")
+    add_own("inversion_rounds", "rounds of inversion, each from noise around the last pattern", type=cli.positive)
+    add_own("inversion_steps", "steps a round", type=cli.positive)
+    add_own("inversion_batches", "batches a step", type=cli.positive)
+    add_own("positive", "model of the positive feature z+", choices=["finetuned", "backdoored"])
+    add_own("finetune_epochs", "epochs of the fine-tuning stage", type=cli.positive)
+    add_own("finetune_lr", "peak learning rate of the fine-tuning stage", type=cli.above_zero)
+    add_own("epochs", "epochs over the clean split", type=cli.positive)
+    add_own("batch_size", "clean images a step", type=cli.positive)
+    add_own("lr", "peak learning rate", type=cli.above_zero)
+    add_own("schedule", "learning rate schedule", choices=SCHEDULE_NAMES)
+    add_own("momentum", "Nesterov momentum of SGD", type=cli.decay)
+    add_own("weight_decay", "weight decay of SGD", type=cli.zero_or_more)
+    add_own("augment", "augmentation of the clean split", choices=["crop_flip", "none"])
+    add_own("temperature", "temperature t of the contrastive loss", type=cli.above_zero)
+    add_own("align_weight", "weight of the alignment loss, 1 - cos(z, z+)", type=cli.zero_or_more)
+    add_own("contrast", "images in the contrastive loss; others: not the target's", choices=["others", "all"])
+    add_own("ema", "decay of the averaged weights; 0: no averaging", type=cli.decay)
+    add_own("rho", "radius of the sharpness search, relative to the weights", type=cli.above_zero)
+    add_own("alpha", "weight of the product of the new and the old last layer", type=cli.zero_or_more)
+    cli.add_undeclared_options(parser, add, DEFENSES)
 
 
-# Options that apply only under another one, and are refused elsewhere: what that is, in words and as a test.
-_FINETUNING = ("--positive finetuned", lambda opt: opt.defense == "all" or opt.positive != "backdoored")
-APPLIES = {
-    "image_size": ("--dataset GTSRB or folder", lambda opt: opt.dataset in ("GTSRB", "folder")),
-    "target_label": ("--target_type all2one or cleanLabel", lambda opt: opt.target_type != "all2all"),
-    "finetune_epochs": _FINETUNING,
-    "finetune_lr": _FINETUNING,
-    "force": ("--target auto", lambda opt: opt.target in (None, "auto")),
-    "tensorboard": ("--print_freq from 1 to --epochs", lambda opt: 0 < opt.print_freq <= (opt.epochs or math.inf)),
-}
-# ... those that mean nothing where a model is only measured, and those that do where nothing is poisoned.
-DEFENDING = {"ratio", "precision", "print_freq", "tensorboard"}.union(*DEFENSES.values())
-POISONING = "train_delta epsilon noise_ratio"
-
-
-def parse(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
-    """A run's options, and the names of those that the user gave.
+def parse(script: str, argv: list[str] | None = None, description: str | None = None) -> tuple[Namespace, set[str]]:
+    """A run's options, and the names of the explicit ones, which the user gave.
 
     Args:
-        argv: the command line's words; sys.argv's unless given.
+        argv: the words of the command line; sys.argv's by default.
+        description: opens the help.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = get_arguments(script)
-    options = parser.parse_args(argv)
-    absent = object()
-    blank = argparse.Namespace(**dict.fromkeys(vars(options), absent))
-    given = {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not absent}
-    _fill_in_attack(options)
-    _fill_in_defense(options)
-    for name in sorted(given):
-        triggers = [trigger for trigger, (*_, own_options) in ATTACKS.items() if name in own_options]
-        if triggers and options.trigger_type not in triggers:
-            parser.error(f"--{name} applies only with --trigger_type {' or '.join(triggers)}")
-        condition, applies = APPLIES.get(name, ("", lambda opt: True))
-        if not applies(options):
-            parser.error(f"--{name} applies only with {condition}")
-        if script == "main.py":
-            _check_defense(parser, options, name)
-        if name in POISONING.split() and options.inject_portion == 0:
-            parser.error(f"--{name} does not apply with --inject_portion 0, which poisons nothing")
-    return options, given
+    parser = get_arguments(script, description)
+    options, explicit = cli.parse_once(parser, argv)
+    methods = {"trigger_type": trigger_options(training=script == "train_badnet.py")}
+    options.target_type = options.target_type or ATTACKS[options.trigger_type]["target_type"]
+    if script == "train_badnet.py" and options.inject_portion is None:
+        options.inject_portion = POISON_RATES[options.target_type]
+    cli.fill_in_defaults(options, methods["trigger_type"][options.trigger_type])
+    if script == "main.py":
+        methods["defense"] = DEFENSES
+        cli.fill_in_defaults(options, DEFENSES.get(options.defense, {}))
+    cli.check_options(parser, options, explicit, methods)
+    return options, explicit
 
 
-def _fill_in_attack(options):
-    """Give what the user left to the trigger and the label mode their defaults, as far as the script has the option."""
-    _, usual_mode, own_options = ATTACKS[options.trigger_type]
-    options.target_type = options.target_type or usual_mode
-    for name, value in {"inject_portion": RATES[options.target_type], **own_options}.items():
-        if getattr(options, name, value) is None:
-            setattr(options, name, value)
+def single_run_options(options: Namespace, **changes) -> Namespace:
+    """The options of one run of a comparison: `options` with `changes` and the recipe of its defense.
 
-
-def _check_defense(parser, options, name):
-    """Refuse an option that the user gave and the chosen defense does not take."""
-    takers = [defense for defense, own_options in DEFENSES.items() if name in own_options]
-    if name in DEFENDING and options.defense == "none":
-        parser.error(f"--{name} does not apply with --defense none, which only measures")
-    if takers and options.defense not in [*takers, "all"]:
-        parser.error(f"--{name} applies only with --defense {' or '.join(takers)}")
-    if name == "resume" and not compares(options):
-        parser.error("--resume applies only to a comparison: with --defense all, or with several models")
-
-
-def compares(options: argparse.Namespace) -> bool:
-    """Whether this is not one run of main.py, but a comparison of several."""
-    return options.defense == "all" or len(options.model or []) > 1
-
-
-def one_run(options: argparse.Namespace, **changes) -> argparse.Namespace:
-    """The options of one run of a comparison: these with `changes`, and the defaults of its defense filled in.
-
-    What the user gave holds for each defense that takes it.
+    Explicit options hold for every defense that uses them; options of other defenses are None.
     """
-    one = argparse.Namespace(**{**vars(options), **changes})
-    _fill_in_defense(one)
-    for name in set().union(*DEFENSES.values()) - set(DEFENSES.get(one.defense, ())):
-        setattr(one, name, None)
-    return one
-
-
-def _fill_in_defense(options):
-    """Give what the user left to the defense its defaults; options of other defenses stay None."""
-    for name, value in DEFENSES.get(getattr(options, "defense", "none"), {}).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-
-
-class DefaultsShown(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with each default behind it, but for those whose help says what happens without them."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line, with the nearest valid name, and exit code 2."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            hint = nearest(unknown[0], self._option_string_actions) if unknown[0].startswith("-") else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return namespace, unknown
-
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            known = ", ".join(action.choices)
-            hint = nearest(value, action.choices)
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {known})")
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
-
-
-def _number(kind, allowed, told):
-    """An argparse type: a number of this kind that is allowed, else a complaint that tells what would be."""
-
-    def parse_number(text):
-        number = kind(text)
-        if not allowed(number):
-            raise argparse.ArgumentTypeError(f"{text} is not {told}")
-        return number
-
-    parse_number.__name__ = kind.__name__  # what argparse calls a word that is no number at all
-    return parse_number
-
-
-def label(text):
-    """An argparse type: "auto", "any", or a label."""
-    return text if text in ("auto", "any") else _number(int, lambda n: n >= 0, "auto, any, or a label, 0 or more")(text)
-
-
-positive = _number(int, lambda n: n >= 1, "1 or more")
-long = _number(int, lambda n: abs(n) < 2**63, "a number of 64 bits")
-count = _number(int, lambda n: n >= 0, "0 or more")
-above_zero = _number(float, lambda x: 0 < x < float("inf"), "above 0")
-zero_or_more = _number(float, lambda x: 0 <= x < float("inf"), "0 or more")
-share = _number(float, lambda x: 0 < x <= 1, "above 0 and up to 1")
-share_or_none = _number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
-decay = _number(float, lambda x: 0 <= x < 1, "from 0 to below 1")
+    single = Namespace(**{**vars(options), **changes})
+    recipe = DEFENSES.get(single.defense, {})
+    cli.fill_in_defaults(single, recipe)
+    for name in set().union(*DEFENSES.values()) - set(recipe):
+        setattr(single, name, None)
+    return single

@@ -1,182 +1,262 @@
-"""Purify a backdoored classifier with a small clean set: with Model-Contrastive Learning, or what it is compared with.
+"""Remove a backdoor from an image classifier with MCL or a baseline defense, given a small clean set.
 
-    python main.py                                  the CIFAR-10 victim in weight/CIFAR10
-    python main.py --dataset shapes                 the same on drawn pictures: no download
-    python main.py --model FILE --defense none      only measure a model
-    python main.py --defense all --model FILE ...   every defense on each of these victims, and a table
+    python main.py                                  purify the shipped CIFAR-10 victim
+    python main.py --dataset shapes                 the same on drawn images: no download
+    python main.py --model FILE                     purify a model of your own
+    python main.py --model FILE --defense none      only measure it
+    python main.py --defense all --model FILE ...   compare the defenses on one victim or several
 
-Looks for the label that a backdoor leads to; where there is none, says so and leaves the model alone. Prints ACC and
-ASR before and after; writes weight/<name>.tar and results/<name>/ (metrics.json, history.csv, pictures, and report.html
-with all of it; comparison.csv, .md and .png of a comparison).
+Searches for the target label; if no label is flagged, the model is left unchanged. Prints ACC and ASR before and after.
+Writes weight/<name>.tar and results/<name>/: metrics.json, history.csv, pictures, and report.html with all of them.
 """
 
 import os
+from argparse import Namespace
 
 import config
-from attacks.victim import load_victim
-from data_loader import get_clean_split, get_eval_set, load_images, spread
-from defenses import DEFENSES, Case
-from defenses.detection import choose_label, search_target
-from defenses.inversion import ANY, label_name
-from utils.board import open_board
+from attacks import Attack, build_attack
+from data_loader import evenly_spaced, get_clean_split, get_eval_set, get_normalization, load_images
+from defenses import DEFENSE_FUNCTIONS, DefenseContext
+from defenses.inversion import ANY_OTHER, choose_label, label_name, search_target
+from models.loading import load_classifier
 from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
-from utils.comparison import comparison_row, comparison_text, write_comparison
+from utils.cli import is_comparison
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
-from utils.files import check_folder, digest_file, remove_file, write_csv, write_json
-from utils.metrics import evaluate, watcher
-from utils.page import write_page
-from utils.plots import SAMPLE, draw_run
-from utils.report import Stopwatch, figures_table, published_table, run_facts, search_table
+from utils.files import check_writable, remove_file, sha256_of
+from utils.metrics import evaluate, make_monitor
+from utils.progress import Stopwatch
+from utils.reporting.comparison import comparison_row, comparison_text, write_comparison
+from utils.reporting.plots import SAMPLE_SIZE
+from utils.reporting.save import save_results
+from utils.reporting.tables import metrics_table, published_table, search_table, verdict
+from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
 from utils.seed import generator
 
-# Options of a defense that are used up before it begins: to find the target, and to make the batches.
-SPENT = {"target", "force", "batch_size", "augment"}
+# Options of a defense that are consumed before it starts: by the target search and by the batches.
+CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
+# What a checkpoint may state, and the options that state it otherwise.
+CHECKPOINT_OPTIONS = {
+    "arch": {"arch"},
+    "num_class": {"num_class"},
+    "normalization": {"normalize"},
+    "attack": {"trigger_type", "target_type", "target_label"}.union(*config.trigger_options().values()),
+}
 
 
 def main():
-    opt, given = config.parse("main.py")
+    opt, explicit = config.parse("main.py", description=__doc__)
     opt.precision = pick_precision(opt.precision, pick_device(opt.device))
-    if not config.compares(opt):
-        (path,) = victim_paths(opt)
+    opt.model = opt.model or [find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-badnet")]
+    if not is_comparison(opt):
+        (path,) = opt.model
         name = opt.name or f"{opt.dataset}-{file_stem(path)}-{opt.defense}"
-        return run(config.one_run(opt, model=path), given, name)
+        return run(config.single_run_options(opt, model=path), explicit, name)
     try:
-        compare(opt, given)
+        compare(opt, explicit)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the runs that ended are kept; go on with: {resume_command()}") from None
+        raise KeyboardInterrupt(f"finished runs are kept; continue with: {resume_command()}") from None
 
 
-def compare(opt, given):
-    """Every defense on every victim, a run each; what a stopped comparison has finished is not run again."""
+def run(opt, explicit, name) -> dict:
+    """One victim, one defense: measure, defend, measure again, save. Returns the content of metrics.json."""
+    device, clock = pick_device(opt.device), Stopwatch()
+    results, purified_path = check_output(opt, name)
+    log = open_tensorboard(results) if opt.tensorboard else None
+
+    with clock("data"):
+        train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
+        victim, attack, opt, metadata = load_victim(opt, explicit, test_set, device)
+        check_target(opt.target, attack.num_class)
+        test = get_eval_set(test_set.images, test_set.labels, attack, device)
+        split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
+        train_count = len(train_set.labels)
+        del train_set  # 150 MB that are no longer needed
+        keep_freed_memory()
+    print(f"victim {opt.model}: {opt.arch}, {attack.describe()}")
+    with clock("evaluate"):
+        metrics = {"before": evaluate(victim, test, attack), "after": None}
+    models, history, trigger = {"before": victim}, [], None
+
+    target, scores = find_target(opt, victim, split, attack.num_class, device, clock)
+    found_nothing = scores is not None and target is None
+    if opt.defense != "none" and not found_nothing:
+        goal = "" if target is None else f"; defending against {label_name(target)}"
+        print(f"clean split: {len(split.index):,} of {train_count:,} training images{goal}")
+        monitor = timed_monitor(split.monitor_set, attack, opt.print_freq, log, clock)
+        history = [{"epoch": 0, **monitor(victim, 0)}]
+        models["after"], rows, trigger = defend(opt, victim, split, target, device, clock, monitor)
+        history += rows
+        with clock("evaluate"):
+            metrics["after"] = evaluate(models["after"], test, attack)
+        remove_file(os.path.join(results, "metrics.json"))  # of an earlier run, whose weights are about to be replaced
+        save_checkpoint(purified_path, models["after"], **metadata, metrics=metrics["after"])
+        print(f"purified model: {purified_path}")
+    elif os.path.exists(purified_path):
+        print(f"nothing was purified; {purified_path} is from an earlier run")
+
+    print("", published_table(opt.dataset, **metrics, defense=opt.defense), "", sep="\n")
+    print(metrics_table(test_set.classes, **metrics))
+    metrics = run_metrics(opt, metrics, target, scores, trigger)
+    index = evenly_spaced(len(test_set.labels), SAMPLE_SIZE)
+    sample = get_eval_set(test_set.images[index], test_set.labels[index], attack, device)
+    output = {"classes": test_set.classes, "sample": sample, "attack": attack, "models": models, "history": history}
+    metrics = save_results(
+        results, name, metrics, **output, options=vars(opt), device=device, clock=clock, trigger=trigger
+    )
+    print(f"\nreport: {os.path.join(results, 'report.html')}\n{verdict(metrics)}")
+    return metrics
+
+
+def compare(opt, explicit):
+    """Run every defense on every victim; with --resume, finished runs are not repeated."""
     name = opt.name or f"{opt.dataset}-comparison"
-    defenses = list(DEFENSES) if opt.defense == "all" else [opt.defense]
-    paths, rows, failed = victim_paths(opt), [], []
-    names = [file_stem(path) for path in paths]
-    for path in paths:
-        read_checkpoint(path)  # what cannot be read is told now, not after hours
-    if len(set(names)) < len(names):
-        names = [f"{number}-{name}" for number, name in enumerate(names, 1)]
-    for victim, path in zip(names, paths, strict=True):
+    defenses = list(DEFENSE_FUNCTIONS) if opt.defense == "all" else [opt.defense]
+    checkpoints = {path: read_checkpoint(path) for path in opt.model}  # an unreadable file ends the run now, not later
+    victims, rows, failures = [file_stem(path) for path in opt.model], [], []
+    if len(set(victims)) < len(victims):
+        victims = [f"{number}-{victim}" for number, victim in enumerate(victims, 1)]
+    for victim, path in zip(victims, opt.model, strict=True):
         for defense in defenses:
-            one, its_name = config.one_run(opt, model=path, defense=defense), os.path.join(name, f"{victim}-{defense}")
-            metrics = opt.resume and finished_run(os.path.join(opt.log_root, its_name), vars(one), path)
-            print(f"\n{victim}, {defense}" + " (finished before)" * bool(metrics))
+            run_options = config.single_run_options(opt, model=path, defense=defense)
+            run_name = os.path.join(name, f"{victim}-{defense}")
             try:
-                rows.append(comparison_row(victim, defense, metrics or run(one, given, its_name)))
+                used = vars(options_as_used(run_options, explicit, checkpoints[path]))
+                metrics = finished_run(os.path.join(opt.log_root, run_name), used, path) if opt.resume else None
+                print(f"\n{victim}, {defense}{' (finished before)' if metrics else ''}")
+                metrics = metrics or run(run_options, explicit, run_name)
+                rows.append(comparison_row(victim, defense, metrics))
             except (RunError, UserError) as error:
-                if not (rows or failed) and isinstance(error, UserError):
+                if not (rows or failures) and isinstance(error, UserError):
                     raise
-                failed.append(f"{victim}, {defense}: {error}")
+                failures.append(f"{victim}, {defense}: {error}")
                 print(f"failed: {error}")
             write_comparison(os.path.join(opt.log_root, name), rows)
     if rows:
         print("", comparison_text(rows), sep="\n")
-    if failed:
-        raise RunError(f"{len(failed)} of {len(rows) + len(failed)} runs failed; the first: {failed[0]}")
+    if failures:
+        raise RunError(f"{len(failures)} of {len(rows) + len(failures)} runs failed; the first: {failures[0]}")
 
 
-def run(opt, given, name) -> dict:
-    """One victim, one defense: measure, defend, measure again, write what there is to keep. Returns metrics.json."""
-    device, clock, path = pick_device(opt.device), Stopwatch(), opt.model
-    results, purified = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
-    check_folder(results, "history.csv", "metrics.json", "report.html")
-    check_folder(os.path.dirname(purified), os.path.basename(purified))
-    if os.path.realpath(purified) == os.path.realpath(path):
-        raise UserError(f"the purified weights would replace the victim, {path}; give another --name")
-    log = open_board(results) if opt.tensorboard else None
+def load_victim(opt, explicit, test_set, device):
+    """Load opt.model, frozen, and its attack, from the file or else from the options.
 
-    with clock("data"):
-        train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
-        victim, attack, facts = load_victim(opt, given, path, test_set, device)
-        test = get_eval_set(test_set.images, test_set.labels, attack, device)
-        split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
-        of_all = f"{len(train_set.labels):,} training images"
-        del train_set  # 150 MB that nobody needs any more
-        keep_freed_memory()
-        if isinstance(opt.target, int) and opt.target >= attack.num_class:
-            raise UserError(f"--target {opt.target} is not one of the labels 0..{attack.num_class - 1}")
-        if opt.target == "auto" and attack.num_class < 3:
-            raise UserError("a search sets one label against the others, which takes three or more; give --target")
-    print(f"victim {path}: {facts['arch']}, {attack.describe()}")
-    with clock("evaluate"):
-        figures = {"before": evaluate(victim, test, attack)}
-    models, curves, history, trigger = {"before": victim}, [], [], None
+    Args:
+        explicit: names of the options that the user gave.
+        test_set: the utils.datasets.ImageSet to measure on.
 
-    target, searched = find_target(opt, victim, split, attack.num_class, device, clock)
-    if opt.defense != "none" and not (searched and target is None):
-        told = "" if target is None else f"; against {label_name(target)}"
-        print(f"clean split: {len(split.index):,} of {of_all}{told}")
-        look = watcher(split.watched, attack, opt.print_freq, log)
+    Returns:
+        the Classifier on the device, in eval mode; its Attack; the options as used; the metadata to save with weights
+        made from it.
 
-        def watch(model, epoch):
-            with clock("evaluate"):  # not the defense's own time
-                return look(model, epoch)
-
-        curves = [{"epoch": 0, **watch(victim, 0)}]
-        mirrored = opt.augment == "crop_flip"
-        case = Case(victim, split.training, split.plain, mirrored, device, opt.seed, clock, target, watch)
-        settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in SPENT}
-        models["after"], history, trigger = DEFENSES[opt.defense](case, precision=opt.precision, **settings)
-        with clock("evaluate"):
-            figures["after"] = evaluate(models["after"], test, attack)
-
-    remove_file(os.path.join(results, "metrics.json"))  # an older run's; this one's is written last
-    if "after" in models:
-        save_checkpoint(purified, models["after"], **facts, metrics=figures["after"])
-        write_csv(os.path.join(results, "history.csv"), history)
-        print(f"purified: {purified}")
+    Raises:
+        UserError: no readable checkpoint, an explicit option that the checkpoint states, or a model for other data.
+    """
+    checkpoint = read_checkpoint(opt.model)
+    used, classes = options_as_used(opt, explicit, checkpoint), len(test_set.classes)
+    num_class = used.num_class = used.num_class or classes
+    if num_class < classes:
+        raise UserError(f"{opt.dataset} has {classes} classes, but {opt.model} was trained on {num_class}")
+    if checkpoint.get("attack") is not None:
+        attack = Attack.from_state(checkpoint["attack"], num_class, test_set.images[:1])
     else:
-        remove_file(os.path.join(results, "history.csv"))
-        if os.path.exists(purified):
-            print(f"nothing was purified: {purified} is an older run's")
-    print()
-    print(published_table(opt.dataset, **figures, defense=opt.defense), "", sep="\n")
-    print(figures_table(test_set.classes, **figures))
-    with clock("report"):
-        few = spread(len(test_set.labels), SAMPLE)
-        sample = get_eval_set(test_set.images[few], test_set.labels[few], attack, device)
-        pictures = draw_run(results, test_set.classes, sample, attack, models, figures, curves + history, trigger)
-    worked_against = "any" if target == ANY else target
-    metrics = {
-        "model": path,
-        "model_sha256": digest_file(path),
-        "defense": opt.defense,
-        "before": figures["before"],
-        "after": figures.get("after"),
-        "detected_label": worked_against if searched and any(found.flagged for found in searched) else None,
-        "worked_against": worked_against,
-        "search": searched and [found.facts() for found in searched],
-        "trigger": trigger and trigger.facts(),
-        **run_facts(vars(opt), attack, device, clock.read()),
-    }
-    write_page(os.path.join(results, "report.html"), name, metrics, test_set.classes, pictures)
-    write_json(os.path.join(results, "metrics.json"), metrics)  # last: a run that has it has all
-    print(f"\nreport: {os.path.join(results, 'report.html')}")
-    return metrics
+        attack = build_attack(opt, num_class, test_set.size)
+    model, metadata = load_classifier(checkpoint, opt.model, opt.arch, num_class, get_normalization(opt), device)
+    return model, attack, used, {**metadata, "dataset": opt.dataset, "attack": attack.state()}
+
+
+def options_as_used(opt, explicit, checkpoint) -> Namespace:
+    """The options, with those that the checkpoint states replaced by its statements.
+
+    Raises:
+        UserError: the user gave one of those.
+    """
+    used, attack = Namespace(**vars(opt)), None
+    if checkpoint.get("attack") is not None:
+        attack = Attack.from_state(checkpoint["attack"])
+    for key, names in CHECKPOINT_OPTIONS.items():
+        for name in explicit.intersection(names) if key in checkpoint else ():
+            stated = attack.describe() if key == "attack" else checkpoint[key]
+            raise UserError(f"{opt.model} states its {key}, {stated}; leave out --{name}")
+    if "arch" in checkpoint:
+        used.arch, used.num_class, used.normalize = (checkpoint[key] for key in ("arch", "num_class", "normalization"))
+    if attack is not None:
+        stated = {"trigger_type": attack.trigger_type, "target_type": attack.target_type, "target_label": attack.target}
+        for name in CHECKPOINT_OPTIONS["attack"]:
+            setattr(used, name, {**stated, **attack.trigger_options}.get(name))
+    return used
 
 
 def find_target(opt, victim, split, num_class, device, clock):
-    """The label to work against, or ANY, and the rows of the search for it; None for what there is not."""
+    """The label to defend against (None if there is none), and the scores of the search (None without a search)."""
     if opt.target != "auto":
-        return ANY if opt.target == "any" else opt.target, None
+        return ANY_OTHER if opt.target == "any" else opt.target, None
     with clock("detect"):
         rng = generator(opt.seed, "search")
-        searched = search_target(victim, split.search, num_class, device, rng, precision=opt.precision)
-    print(search_table([found.facts() for found in searched]))
-    target, told = choose_label(searched, opt.force)
-    print(told)
-    return target, searched
+        scores = search_target(victim, split.search, num_class, device, rng, precision=opt.precision)
+    print(search_table([score.metadata() for score in scores]))
+    target, reason = choose_label(scores, opt.force)
+    print(reason)
+    return target, scores
 
 
-def victim_paths(opt) -> list[str]:
-    """--model, else the data set's victim: one's own, or the one that is shipped."""
-    return opt.model or [find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-badnet")]
+def defend(opt, victim, split, target, device, clock, monitor):
+    """Run the defense on the clean split. Returns its DefenseResult."""
+    augmented = opt.augment == "crop_flip"
+    context = DefenseContext(victim, split.train, split.plain, augmented, device, opt.seed, clock, target, monitor)
+    settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in CONSUMED_OPTIONS}
+    return DEFENSE_FUNCTIONS[opt.defense](context, precision=opt.precision, **settings)
+
+
+def timed_monitor(monitor_set, attack, every, log, clock):
+    """make_monitor's function; its time counts as evaluation, not as the defense's own."""
+    measure = make_monitor(monitor_set, attack, every, log)
+
+    def monitor(model, epoch):
+        with clock("evaluate"):
+            return measure(model, epoch)
+
+    return monitor
+
+
+def run_metrics(opt, metrics, target, scores, trigger) -> dict:
+    """What metrics.json says of this run, without the parts that every run has."""
+    worked_against = "any" if target == ANY_OTHER else target
+    return {
+        "model": opt.model,
+        "model_sha256": sha256_of(opt.model),
+        "defense": opt.defense,
+        **metrics,
+        "detected_label": worked_against if scores and any(score.flagged for score in scores) else None,
+        "worked_against": worked_against,
+        "search": scores and [score.metadata() for score in scores],
+        "trigger": trigger and trigger.metadata(),
+    }
+
+
+def check_output(opt, name):
+    """The results folder and the path of the purified weights, after a check that both can be written."""
+    results, purified_path = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
+    check_writable(results, "history.csv", "metrics.json", "report.html")
+    check_writable(os.path.dirname(purified_path), os.path.basename(purified_path))
+    if os.path.realpath(purified_path) == os.path.realpath(opt.model):
+        raise UserError(f"the purified weights would replace the victim {opt.model}; choose another --name")
+    if os.path.exists(os.path.join(results, "metrics.json")):
+        print(f"{results} holds an earlier run, which this one replaces; keep it with another --name")
+    return results, purified_path
+
+
+def check_target(target, num_class):
+    """Refuse a target label that does not exist, and a search among two classes."""
+    if isinstance(target, int) and target >= num_class:
+        raise UserError(f"--target {target} is not one of the labels 0..{num_class - 1}")
+    if target == "auto" and num_class < 3:
+        raise UserError("the target search needs at least 3 classes; pass --target")
 
 
 def file_stem(path: str) -> str:
-    """What a run calls the model in a file: the file's name without the endings of weights."""
+    """The file's name without the endings of checkpoints."""
     name = os.path.basename(path)
     for ending in (".tar", ".pth", ".pt", ".safetensors"):
         name = name.removesuffix(ending)
@@ -184,4 +264,4 @@ def file_stem(path: str) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, "nothing of this run is kept: weights and figures are written at its end")
+    run_script(main, "nothing of this run is kept: weights and results are written at its end")

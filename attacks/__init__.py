@@ -1,5 +1,6 @@
-"""Triggers and label modes. The poisoned data set itself is data_loader.DatasetBD."""
+"""Triggers, label modes and attacks. The poisoned data set itself is data_loader.DatasetBD."""
 
 from attacks.attack import TARGET_TYPES, TRIGGERS, Attack
+from attacks.build import build_attack
 
-__all__ = ["TARGET_TYPES", "TRIGGERS", "Attack"]
+__all__ = ["TARGET_TYPES", "TRIGGERS", "Attack", "build_attack"]

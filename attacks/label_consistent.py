@@ -1,40 +1,40 @@
-"""The label-consistent attack: noise hides an image's class, so that its trigger is learned (Turner et al., 2019)."""
+"""The label-consistent attack: noise hides an image's class, so that the trigger is learned (Turner et al., 2019)."""
 
 import torch
 import torch.nn.functional as F
 
-from utils.report import progress_bar
+from utils.progress import progress_bar
 
 STEPS = 100
 STEP_SIZE = 1.5  # in grey levels of 0..255
-BATCH = 250
+BATCH_SIZE = 250
 
 
 def adversarial_noise(images: torch.Tensor, labels: torch.Tensor, surrogate, epsilon: int) -> torch.Tensor:
-    """PGD away from the true labels, within `epsilon` grey levels of each value (Madry et al., ICLR 2018).
+    """Add untargeted PGD noise, which raises the loss of the true labels (Madry et al., ICLR 2018).
 
     Args:
         images: (B, H, W, 3) uint8.
         labels: (B,) true labels.
         surrogate: a frozen model in eval mode, (B, 3, H, W) in [0, 1] -> logits, on any device.
-        epsilon: L-infinity bound, in grey levels of 0..255.
+        epsilon: L-infinity bound in grey levels of 0..255.
 
     Returns:
         (B, H, W, 3) uint8 on the device of `images`.
     """
     device = next(surrogate.parameters()).device
-    changed = torch.empty_like(images)
+    perturbed = torch.empty_like(images)
     with progress_bar("PGD", len(images), "image") as bar:
-        for start in range(0, len(images), BATCH):
-            batch = slice(start, start + BATCH)
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
             clean = images[batch].to(device).permute(0, 3, 1, 2).float()
-            found = _ascend(clean, labels[batch].to(device), surrogate, epsilon)
-            changed[batch] = found.round().permute(0, 2, 3, 1).to(images.device, torch.uint8)
+            pixels = _pgd(clean, labels[batch].to(device), surrogate, epsilon)
+            perturbed[batch] = pixels.round().permute(0, 2, 3, 1).to(images.device, torch.uint8)
             bar.update(len(clean))
-    return changed
+    return perturbed
 
 
-def _ascend(clean, labels, surrogate, epsilon):
+def _pgd(clean, labels, surrogate, epsilon):
     lowest, highest = (clean - epsilon).clamp_(min=0), (clean + epsilon).clamp_(max=255)
     pixels = clean.clone()
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Triggers: pure functions on a batch of images, (B, H, W, 3) uint8 in and out, of any size, on any device."""
+"""Triggers: pure functions on (B, H, W, 3) uint8 images, of any size and on any device."""
 
 import math
 
@@ -6,68 +6,68 @@ import torch
 
 from utils.errors import UserError
 
-# 0 and 255 as the BadNets checker of the MCL and NAD releases has them, rows top to bottom.
+# The 3x3 checker of BadNets, as in the released code of NAD and MCL; rows from top to bottom.
 CHECKER = ((0, 0, 255), (0, 255, 0), (255, 0, 255))
-SIGNAL_PERIODS = 6  # f of the SIG paper: waves over the image's width
+SIGNAL_PERIODS = 6  # f of the SIG paper: periods over the image's width
 
 
 def grid_trigger(images: torch.Tensor) -> torch.Tensor:
-    """A 3x3 black-and-white checker in the bottom right corner, all channels overwritten (BadNets; Gu et al., 2017)."""
-    check_room(images.shape[1:3], 3, 3)
-    stamped = images.clone()
-    stamped[:, -3:, -3:] = _checker(images)
-    return stamped
+    """A 3x3 black-and-white checker in the bottom right corner (BadNets; Gu et al., 2017)."""
+    check_patch_fits(images.shape[1:3], 3, 3)
+    triggered = images.clone()
+    triggered[:, -3:, -3:] = _checker(images)
+    return triggered
 
 
 def square_trigger(images: torch.Tensor, trig_w: int, trig_h: int) -> torch.Tensor:
     """A white block of trig_w x trig_h pixels, one pixel away from the bottom and the right edge."""
-    check_room(images.shape[1:3], trig_h + 1, trig_w + 1)
-    stamped = images.clone()
-    stamped[:, -1 - trig_h : -1, -1 - trig_w : -1] = 255
-    return stamped
+    check_patch_fits(images.shape[1:3], trig_h + 1, trig_w + 1)
+    triggered = images.clone()
+    triggered[:, -1 - trig_h : -1, -1 - trig_w : -1] = 255
+    return triggered
 
 
 def four_corner_trigger(images: torch.Tensor) -> torch.Tensor:
-    """The checker in each corner, mirrored so that a flipped image carries the same trigger (Turner et al., 2019)."""
-    check_room(images.shape[1:3], 6, 6)
-    stamped, checker = images.clone(), _checker(images)
-    stamped[:, -3:, -3:] = checker
-    stamped[:, -3:, :3] = checker.flip(1)
-    stamped[:, :3, -3:] = checker.flip(0)
-    stamped[:, :3, :3] = checker.flip(0, 1)
-    return stamped
+    """The checker in each corner, mirrored so that a flipped image has the same trigger (Turner et al., 2019)."""
+    check_patch_fits(images.shape[1:3], 6, 6)
+    triggered, checker = images.clone(), _checker(images)
+    triggered[:, -3:, -3:] = checker
+    triggered[:, -3:, :3] = checker.flip(1)
+    triggered[:, :3, -3:] = checker.flip(0)
+    triggered[:, :3, :3] = checker.flip(0, 1)
+    return triggered
 
 
 def center_trigger(images: torch.Tensor) -> torch.Tensor:
     """The checker two pixels below and right of the middle: rows and columns 18 to 20 of a 32x32 image."""
-    check_room(images.shape[1:3], 9, 9)
+    check_patch_fits(images.shape[1:3], 9, 9)
     top, left = images.shape[1] // 2 + 2, images.shape[2] // 2 + 2
-    stamped = images.clone()
-    stamped[:, top : top + 3, left : left + 3] = _checker(images)
-    return stamped
+    triggered = images.clone()
+    triggered[:, top : top + 3, left : left + 3] = _checker(images)
+    return triggered
 
 
 def blend_trigger(images: torch.Tensor, picture: torch.Tensor, opacity: float) -> torch.Tensor:
     """x' = (1 - opacity) x + opacity picture, over the whole image (Blended; Chen et al., 2017).
 
     Args:
-        picture: (H, W, 3) uint8, or (H, W, 1) for a grey one.
-        opacity: above 0 and up to 1.
+        picture: (H, W, 3) uint8, or (H, W, 1) for grey.
+        opacity: in (0, 1].
 
     Raises:
-        UserError: the images are not of the picture's size.
+        UserError: the images do not have the picture's size.
     """
     check_size(images, picture)
     return images.float().mul_(1 - opacity).add_(picture * opacity).round_().to(torch.uint8)
 
 
 def patch_trigger(images: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:
-    """A (h, w, 3) uint8 patch where square_trigger has its block."""
+    """A (h, w, 3) uint8 patch in the place of square_trigger's block."""
     height, width, _ = patch.shape
-    check_room(images.shape[1:3], height + 1, width + 1)
-    stamped = images.clone()
-    stamped[:, -1 - height : -1, -1 - width : -1] = patch
-    return stamped
+    check_patch_fits(images.shape[1:3], height + 1, width + 1)
+    triggered = images.clone()
+    triggered[:, -1 - height : -1, -1 - width : -1] = patch
+    return triggered
 
 
 def signal_trigger(images: torch.Tensor, delta: float) -> torch.Tensor:
@@ -82,25 +82,25 @@ def signal_trigger(images: torch.Tensor, delta: float) -> torch.Tensor:
     return images.float().add_(wave[:, None]).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def check_size(images: torch.Tensor, whole: torch.Tensor) -> None:
-    """Refuse images that a trigger's tensor, (H, W, ...), does not cover exactly.
+def check_size(images: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Check that a trigger's tensor, (H, W, ...), has the size of the images.
 
     Raises:
-        UserError: their sizes differ.
+        UserError: the sizes differ.
     """
-    if images.shape[1:3] != whole.shape[:2]:
-        made, are = ("x".join(map(str, shape)) for shape in (whole.shape[:2], images.shape[1:3]))
-        raise UserError(f"the trigger was made for images of {made} pixels, these have {are}")
+    if images.shape[1:3] != tensor.shape[:2]:
+        expected, found = ("x".join(map(str, shape)) for shape in (tensor.shape[:2], images.shape[1:3]))
+        raise UserError(f"the trigger is for images of {expected} pixels, but these have {found}")
 
 
-def check_room(size: tuple[int, int], height: int, width: int) -> None:
-    """Refuse images, of `size` (H, W), on which a trigger of height x width pixels does not fit.
+def check_patch_fits(size: tuple[int, int], height: int, width: int) -> None:
+    """Check that a trigger of height x width pixels, margin included, fits images of `size` (H, W).
 
     Raises:
-        UserError: it does not.
+        UserError: it does not fit.
     """
     if size[0] < height or size[1] < width:
-        raise UserError(f"the trigger takes {height}x{width} pixels, an image has {size[0]}x{size[1]}")
+        raise UserError(f"the trigger needs {height}x{width} pixels, but the images have {size[0]}x{size[1]}")
 
 
 def _checker(images):

@@ -5,14 +5,14 @@ import torch.nn.functional as F
 
 from attacks.triggers import check_size
 
-CONTROL_POINTS = 4  # k of the paper: the warp is drawn on k x k points and interpolated between them
+CONTROL_POINTS = 4  # k of the paper: the warp is interpolated between k x k random points
 
 
 def warping_grid(size: tuple[int, int], rng: torch.Generator, warp: float) -> dict:
-    """Where each pixel of a warped image is taken from: {"grid": (H, W, 2) float32}, x and y in [-1, 1].
+    """The source position of each pixel of a warped image: {"grid": (H, W, 2) float32}, x and y in [-1, 1].
 
     Args:
-        warp: s of the paper, the strength: a mean shift of s/2 pixels each way, near enough.
+        warp: the strength s of the paper; the mean shift is about s/2 pixels in each direction.
     """
     height, width = size
     points = 2 * torch.rand(1, 2, CONTROL_POINTS, CONTROL_POINTS, generator=rng) - 1
@@ -23,19 +23,19 @@ def warping_grid(size: tuple[int, int], rng: torch.Generator, warp: float) -> di
 
 
 def wanet_trigger(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3) uint8 images, each pixel taken from where the grid says.
+    """Warp (B, H, W, 3) uint8 images by an (H, W, 2) grid.
 
     Raises:
-        UserError: the images are not of the grid's size.
+        UserError: the images do not have the grid's size.
     """
     check_size(images, grid)
     return _warp(images, grid.expand(len(images), *grid.shape))
 
 
 def wanet_noise(images: torch.Tensor, rng: torch.Generator, grid: torch.Tensor) -> torch.Tensor:
-    """The noise mode: each image is warped by the grid with a jitter of its own, U(-1, 1) / H a pixel.
+    """The paper's noise mode: warp each image by the grid plus its own jitter, U(-1, 1) / H a pixel.
 
-    Such images keep their true labels in training, so that the backdoor answers to this very warp and to no other.
+    Such cover images keep their true labels in training, so that the backdoor responds to the exact warp only.
     """
     check_size(images, grid)
     jitter = 2 * torch.rand(len(images), *grid.shape, generator=rng) - 1

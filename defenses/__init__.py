@@ -1,10 +1,10 @@
-"""The defenses: each is a function of a case (defenses.case.Case) and its own options to a purified student."""
+"""The defenses: functions of a DefenseContext and their own options that return a DefenseResult."""
 
 from defenses import fst, ft, ftsam, ibau, mcl, nad, nc
-from defenses.case import Case
+from defenses.base import DefenseContext, DefenseResult
 
-# A new defense is a file and an entry here, and an entry with its options and their defaults in config.DEFENSES.
-DEFENSES = {
+# A new defense is a file in this folder, an entry here, and a recipe in config.DEFENSES.
+DEFENSE_FUNCTIONS = {
     "mcl": mcl.defend,
     "ft": ft.defend,
     "nad": nad.defend,
@@ -14,4 +14,4 @@ DEFENSES = {
     "fst": fst.defend,
 }
 
-__all__ = ["DEFENSES", "Case"]
+__all__ = ["DEFENSE_FUNCTIONS", "DefenseContext", "DefenseResult"]

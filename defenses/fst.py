@@ -1,52 +1,53 @@
-"""Feature Shift Tuning (FST, Min et al., NeurIPS 2023): a new last layer, kept away from the victim's, makes the
-features that it reads move as well."""
+"""Feature Shift Tuning (FST, Min et al., NeurIPS 2023).
+
+The last layer is re-initialised and kept away from the victim's, which forces the features to move as well.
+"""
 
 import copy
 
 import torch
 import torch.nn.functional as F
 
-from defenses.case import Purified
+from defenses.base import DefenseResult
 from utils.seed import generator
-from utils.training import descend, train
+from utils.training import sgd_step, train
 
 
-def draw_head(head, rng: torch.Generator) -> None:
-    """Draw weights and bias of a linear layer anew, from U(-1/sqrt(D), 1/sqrt(D)), as torch does for a fresh one."""
+def reinit_head(head, rng: torch.Generator) -> None:
+    """Draw weight and bias of a linear layer from U(-1/sqrt(D), 1/sqrt(D)), torch's own initialisation."""
     bound = head.in_features**-0.5
     with torch.no_grad():
-        for part in (head.weight, head.bias):
-            part.copy_((2 * torch.rand(part.shape, generator=rng) - 1) * bound)
+        for parameter in (head.weight, head.bias):
+            parameter.copy_((2 * torch.rand(parameter.shape, generator=rng) - 1) * bound)
 
 
-def defend(case, *, alpha, **training) -> Purified:
-    """Train a copy of the victim with a fresh last layer w: CE + alpha <w, w_victim>, with ||w|| = ||w_victim||
-    (equation 2).
+def defend(context, *, alpha, **training) -> DefenseResult:
+    """Train a copy of the victim with a new last layer w: CE + alpha <w, w_victim>, ||w|| = ||w_victim|| (equation 2).
 
     Args:
-        case: a defenses.case.Case.
-        alpha: weight of the product of the two last layers' weights; published: 0.1 to 0.2, which where ||w_victim||^2
-            is large (a WRN-16-1 of the MCL paper: 334) outweighs the labels.
-        training: what utils.training.train takes.
+        context: a defenses.base.DefenseContext.
+        alpha: weight of the inner product of the two last layers; published: 0.1 to 0.2, which outweighs the labels if
+            ||w_victim||^2 is large (334 for the WRN-16-1 of the MCL paper).
+        training: arguments of utils.training.train.
     """
-    student = copy.deepcopy(case.victim).requires_grad_(True)
-    draw_head(student.head, generator(case.seed, "fst"))
-    weight, original = student.head.weight, case.victim.head.weight
+    student = copy.deepcopy(context.victim).requires_grad_(True)
+    reinit_head(student.head, generator(context.seed, "fst"))
+    weight, victim_weight = student.head.weight, context.victim.head.weight
 
-    def scale_back():
+    def project_norm():
         with torch.no_grad():
-            weight.mul_(original.norm() / weight.norm())
+            weight.mul_(victim_weight.norm() / weight.norm())
 
     def update(optimizer, loss_of):
-        loss = descend(optimizer, loss_of)
-        scale_back()
+        loss = sgd_step(optimizer, loss_of)
+        project_norm()
         return loss
 
     def loss_of(images, labels):
-        return F.cross_entropy(student(images), labels) + alpha * (weight * original).sum()
+        return F.cross_entropy(student(images), labels) + alpha * (weight * victim_weight).sum()
 
-    scale_back()
-    with case.clock("purify"):
-        given = {"title": "fst", "watch": case.watch, "update": update}
-        history = train(student, case.training, loss_of, case.device, **given, **training)
-    return Purified(student.eval(), history)
+    project_norm()
+    with context.clock("purify"):
+        settings = {"title": "fst", "monitor": context.monitor, "update": update, **training}
+        history = train(student, context.train_batches, loss_of, context.device, **settings)
+    return DefenseResult(student.eval(), history)

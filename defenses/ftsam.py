@@ -1,5 +1,7 @@
-"""FT-SAM (Zhu et al., ICCV 2023): fine-tuning with sharpness-aware minimisation, which shrinks the large weights that
-the neurons of a backdoor have, since the search for the sharpest point goes further along larger weights."""
+"""FT-SAM (Zhu et al., ICCV 2023): fine-tuning with sharpness-aware minimisation.
+
+It shrinks the large weights of backdoor neurons, because the adaptive perturbation is larger along larger weights.
+"""
 
 import copy
 from contextlib import contextmanager
@@ -8,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from defenses.case import Purified
+from defenses.base import DefenseResult
 from utils.training import train
 
-SMOOTHING = 0.1  # of the labels
+LABEL_SMOOTHING = 0.1
 
 
 def sharpest_offsets(weights: list[torch.Tensor], gradients: list[torch.Tensor], rho: float) -> list[torch.Tensor]:
-    """The offset e that raises the loss most among those of adaptive radius rho, to first order.
+    """The offset e of adaptive radius rho that raises the loss most, to first order.
 
     e = rho T^2 g / ||T g||, T = |w|: its norm ||T^-1 e|| is rho (equation 5; Kwon et al., ICML 2021).
     """
@@ -24,8 +26,8 @@ def sharpest_offsets(weights: list[torch.Tensor], gradients: list[torch.Tensor],
 
 
 @contextmanager
-def still_statistics(model):
-    """Batch norm's running statistics stay as they are: those of the sharpest point are not the model's."""
+def frozen_bn_stats(model):
+    """Keep batch norm's running statistics: those of the perturbed weights are not the model's."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -35,37 +37,37 @@ def still_statistics(model):
         layer.momentum = momentum
 
 
-def defend(case, *, rho, **training) -> Purified:
-    """Train a copy of the victim on the clean split: each step takes the gradient at the sharpest point nearby.
+def defend(context, *, rho, **training) -> DefenseResult:
+    """Train a copy of the victim on the clean split; each step takes the gradient at the sharpest point nearby.
 
     Args:
-        case: a defenses.case.Case.
+        context: a defenses.base.DefenseContext.
         rho: radius of the search for that point, relative to the weights; above 0.
-        training: what utils.training.train takes.
+        training: arguments of utils.training.train.
     """
-    student = copy.deepcopy(case.victim).requires_grad_(True)
+    student = copy.deepcopy(context.victim).requires_grad_(True)
     weights = list(student.parameters())
 
     def update(optimizer, loss_of):
         loss = loss_of()
-        here = [weight.detach().clone() for weight in weights]
-        offsets = sharpest_offsets(here, torch.autograd.grad(loss, weights), rho)
+        original = [weight.detach().clone() for weight in weights]
+        offsets = sharpest_offsets(original, torch.autograd.grad(loss, weights), rho)
         with torch.no_grad():
             for weight, offset in zip(weights, offsets, strict=True):
                 weight.add_(offset)
         optimizer.zero_grad()
-        with still_statistics(student):
+        with frozen_bn_stats(student):
             loss_of().backward()
         with torch.no_grad():
-            for weight, value in zip(weights, here, strict=True):
+            for weight, value in zip(weights, original, strict=True):
                 weight.copy_(value)
         optimizer.step()
         return loss.detach()
 
     def loss_of(images, labels):
-        return F.cross_entropy(student(images), labels, label_smoothing=SMOOTHING)
+        return F.cross_entropy(student(images), labels, label_smoothing=LABEL_SMOOTHING)
 
-    with case.clock("purify"):
-        given = {"title": "ftsam", "watch": case.watch, "update": update}
-        history = train(student, case.training, loss_of, case.device, **given, **training)
-    return Purified(student.eval(), history)
+    with context.clock("purify"):
+        settings = {"title": "ftsam", "monitor": context.monitor, "update": update, **training}
+        history = train(student, context.train_batches, loss_of, context.device, **settings)
+    return DefenseResult(student.eval(), history)

@@ -1,7 +1,7 @@
-"""I-BAU (Zeng et al., ICLR 2022): unlearning as a minimax, with the implicit hypergradient.
+"""I-BAU (Zeng et al., ICLR 2022): unlearning as a minimax problem, solved with the implicit hypergradient.
 
-Inside, one perturbation d of all images is found that costs the model its answers most; outside, the model learns the
-true labels of images with d on them, and accounts for how d would answer to its change.
+The inner problem finds one perturbation d of all images that changes the model's predictions most. The outer one learns
+the true labels of perturbed images, and accounts for how d would respond to the model's change.
 """
 
 import copy
@@ -10,79 +10,80 @@ import time
 import torch
 import torch.nn.functional as F
 
-from defenses.case import Purified
+from defenses.base import DefenseResult
 from utils.device import autocast
-from utils.report import progress_bar
+from utils.progress import progress_bar
 from utils.training import end_epoch
 
-INNER_LR, INNER_PENALTY, RADIUS = 10.0, 1e-3, 10.0  # of d: SGD's rate, weight of ||d||^2, largest L2 norm
-CONTRACTION, ITERATIONS = 0.1, 5  # step of the map whose fixed point is d, terms of the series for its inverse
-PERTURBED = 0.01  # share of a batch that gets d in the outer step, one image at least, as in the authors' code
+INNER_LR, INNER_PENALTY, RADIUS = 10.0, 1e-3, 10.0  # of d: SGD's learning rate, weight of ||d||^2, largest L2 norm
+CONTRACTION, ITERATIONS = 0.1, 5  # step of the fixed-point map, terms of the series for its inverse
+PERTURBED = 0.01  # fraction of a batch perturbed in the outer step, at least one image, as in the authors' code
 
 
 def hypergradient(inner_loss, outer_loss, inner, weights, step, iterations) -> list[torch.Tensor]:
-    """d outer / d weights, where `inner` follows the weights as the minimum of the inner loss (equation 4).
+    """d outer / d weights, where `inner` is the minimum of the inner loss and moves with the weights (equation 4).
 
     With the map M(d) = d - step * gradient of inner_loss, whose fixed point is that minimum, the derivative of d is
-    (1 - dM/dd)^-1 dM/dw; the inverse is the first terms of its series (Grazzi et al., ICML 2020).
+    (1 - dM/dd)^-1 dM/dw; the inverse is replaced by the first terms of its series (Grazzi et al., ICML 2020).
 
     Args:
         inner_loss, outer_loss: d -> a scalar, both differentiable in d and in the weights, the former twice.
         inner: d, at the minimum of inner_loss.
         weights: the tensors to differentiate by.
-        step: of the map, small enough that it contracts.
+        step: of the map, small enough for a contraction.
         iterations: terms of the series, 1 or more.
     """
     inner = inner.detach().requires_grad_()
     outer = outer_loss(inner)
-    direct, *gradients = torch.autograd.grad(outer, [inner, *weights], allow_unused=True)
+    inner_gradient, *direct = torch.autograd.grad(outer, [inner, *weights], allow_unused=True)
     mapped = inner - step * torch.autograd.grad(inner_loss(inner), inner, create_graph=True)[0]
-    series = direct
+    series = inner_gradient
     for _ in range(iterations - 1):
-        (passed,) = torch.autograd.grad(mapped, inner, series, retain_graph=True)
-        series = passed + direct
+        (term,) = torch.autograd.grad(mapped, inner, series, retain_graph=True)
+        series = term + inner_gradient
     indirect = torch.autograd.grad(mapped, weights, series, allow_unused=True)
     return [
-        sum((part for part in pair if part is not None), torch.zeros_like(weight))
-        for weight, *pair in zip(weights, gradients, indirect, strict=True)
+        sum((part for part in parts if part is not None), torch.zeros_like(weight))
+        for weight, *parts in zip(weights, direct, indirect, strict=True)
     ]
 
 
 def worst_perturbation(model, batches, device, precision) -> torch.Tensor:
-    """d, (3, H, W) of norm RADIUS at most, that parts the model's answers from those without it; one pass."""
+    """d, (3, H, W) of norm up to RADIUS, that moves the model away from its own predictions; one pass."""
     shape = next(iter(batches))[0].shape[1:]
     perturbation = torch.zeros(shape, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([perturbation], INNER_LR)
     for images, _ in batches:
         with autocast(device, precision):
             with torch.no_grad():
-                answers = model(images).argmax(1)
-            loss = _inner(model, images, answers, perturbation)
+                predicted = model(images).argmax(1)
+            loss = _inner_loss(model, images, predicted, perturbation)
         (perturbation.grad,) = torch.autograd.grad(loss, perturbation)
         optimizer.step()
     perturbation = perturbation.detach()
     return perturbation * (RADIUS / perturbation.norm().clamp(min=RADIUS))
 
 
-def defend(case, *, epochs, lr, precision) -> Purified:
+def defend(context, *, epochs, lr, precision) -> DefenseResult:
     """Unlearn on a copy of the victim, with Adam; batch norm keeps the victim's statistics.
 
     Args:
-        case: a defenses.case.Case.
-        epochs: rounds, each a pass for d and a pass for the model.
+        context: a defenses.base.DefenseContext.
+        epochs: rounds, each one pass for d and one for the model.
         lr: of Adam.
 
     Raises:
-        RunError: the loss or the weights are no longer finite.
+        RunError: the loss or the weights are not finite.
     """
-    student, batches, device = copy.deepcopy(case.victim).requires_grad_(True).eval(), case.training, case.device
+    student = copy.deepcopy(context.victim).requires_grad_(True).eval()
+    batches, device = context.train_batches, context.device
     weights, history = list(student.parameters()), []
     optimizer = torch.optim.Adam(weights, lr)
-    with case.clock("purify"), progress_bar("ibau", epochs * len(batches), "batch") as bar:
+    with context.clock("purify"), progress_bar("ibau", epochs * len(batches), "batch") as bar:
         for epoch in range(1, epochs + 1):
-            start, total = time.perf_counter(), torch.zeros((), device=device)
+            start, total_loss = time.perf_counter(), torch.zeros((), device=device)
             perturbation = worst_perturbation(student, batches, device, precision)
-            first = next(iter(batches))
+            inner_images, inner_labels = next(iter(batches))
             for images, labels in batches:
                 losses = []
 
@@ -93,22 +94,22 @@ def defend(case, *, epochs, lr, precision) -> Purified:
                         losses.append(F.cross_entropy(logits, labels))
                     return losses[-1]
 
-                def inner_loss(d, images=first[0], labels=first[1]):
+                def inner_loss(d, images=inner_images, labels=inner_labels):
                     with autocast(device, precision):
-                        return _inner(student, images, labels, d)
+                        return _inner_loss(student, images, labels, d)
 
-                found = hypergradient(inner_loss, outer_loss, perturbation, weights, CONTRACTION, ITERATIONS)
-                for weight, gradient in zip(weights, found, strict=True):
+                gradients = hypergradient(inner_loss, outer_loss, perturbation, weights, CONTRACTION, ITERATIONS)
+                for weight, gradient in zip(weights, gradients, strict=True):
                     weight.grad = gradient
                 optimizer.step()
-                total += losses[-1].detach()
+                total_loss += losses[-1].detach()
                 bar.update()
-            row = {"epoch": epoch, "lr": lr, "loss": total.item() / len(batches)}
+            row = {"epoch": epoch, "lr": lr, "loss": total_loss.item() / len(batches)}
             row["seconds"] = time.perf_counter() - start
-            history.append(end_epoch(row, student, student, epochs, "ibau", case.watch, bar))
-    return Purified(student, history)
+            history.append(end_epoch(row, student, student, epochs, "ibau", context.monitor, bar))
+    return DefenseResult(student, history)
 
 
-def _inner(model, images, labels, perturbation):
-    """-CE of what the model says of perturbed images, and the penalty on the perturbation's norm."""
+def _inner_loss(model, images, labels, perturbation):
+    """-CE of the perturbed images, and the penalty on the perturbation's norm."""
     return INNER_PENALTY * perturbation.square().sum() - F.cross_entropy(model(images + perturbation), labels)

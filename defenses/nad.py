@@ -1,11 +1,11 @@
-"""Neural Attention Distillation (NAD, Li et al., ICLR 2021): a fine-tuned teacher shows the student where to look."""
+"""Neural Attention Distillation (NAD, Li et al., ICLR 2021): the student learns a fine-tuned teacher's attention."""
 
 import copy
 
 import torch
 import torch.nn.functional as F
 
-from defenses.case import Purified
+from defenses.base import DefenseResult
 from defenses.ft import finetune
 from utils.training import train
 
@@ -18,30 +18,38 @@ def attention_map(feature: torch.Tensor) -> torch.Tensor:
     return attention / (attention.flatten(1).norm(dim=1)[:, None, None] + 1e-6)
 
 
-def attention_loss(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
+def attention_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
     """Sum over l of b_l times the mean squared difference of the attention maps of two lists of (B, C, h, w)."""
-    pairs = zip(WEIGHTS, student, teacher, strict=True)
-    return sum(weight * F.mse_loss(attention_map(own), attention_map(shown)) for weight, own, shown in pairs)
+    pairs = zip(WEIGHTS, student_maps, teacher_maps, strict=True)
+    return sum(
+        weight * F.mse_loss(attention_map(student), attention_map(teacher)) for weight, student, teacher in pairs
+    )
 
 
-def defend(case, *, finetune_epochs, finetune_lr, epochs, lr, **sgd) -> Purified:
-    """The paper's two steps: the teacher is the victim, fine-tuned, and the student learns its attention."""
-    given = case.victim, case.training, case.device
-    with case.clock("finetune"):
-        teacher, _ = finetune(*given, title="teacher", epochs=finetune_epochs, lr=finetune_lr, **sgd)
-    with case.clock("purify"):
+def defend(context, *, finetune_epochs, finetune_lr, epochs, lr, **sgd) -> DefenseResult:
+    """The paper's two steps: fine-tune the victim into a teacher, then distill its attention into the student.
+
+    Args:
+        context: a defenses.base.DefenseContext.
+        sgd: arguments of utils.training.train that both steps share.
+    """
+    data = context.victim, context.train_batches, context.device
+    with context.clock("finetune"):
+        teacher, _ = finetune(*data, title="teacher", epochs=finetune_epochs, lr=finetune_lr, **sgd)
+    with context.clock("purify"):
         teacher.requires_grad_(False)
-        return Purified(*distill(*given, teacher=teacher, watch=case.watch, epochs=epochs, lr=lr, **sgd))
+        settings = {"monitor": context.monitor, "epochs": epochs, "lr": lr, **sgd}
+        return DefenseResult(*distill(*data, teacher=teacher, **settings))
 
 
 def distill(victim, batches, device, *, teacher, **training):
-    """Train a copy of the victim with its labels and the teacher's attention: CE + attention_loss.
+    """Train a copy of the victim on the labels and the teacher's attention: CE + attention_loss.
 
     Args:
         victim: f_B, frozen.
         batches: (images (B, 3, H, W) in [0, 1], labels (B,)) of the clean split.
-        teacher: the victim after fine-tuning, frozen, in eval mode.
-        training: what utils.training.train takes.
+        teacher: the fine-tuned victim, frozen, in eval mode.
+        training: arguments of utils.training.train.
 
     Returns:
         the student, in eval mode, and the history of its training.
@@ -50,9 +58,9 @@ def distill(victim, batches, device, *, teacher, **training):
 
     def loss_of(images, labels):
         with torch.no_grad():
-            shown, _ = teacher.maps_and_logits(images)
-        own, logits = student.maps_and_logits(images)
-        return F.cross_entropy(logits, labels) + attention_loss(own, shown)
+            teacher_maps, _ = teacher.maps_and_logits(images)
+        student_maps, logits = student.maps_and_logits(images)
+        return F.cross_entropy(logits, labels) + attention_loss(student_maps, teacher_maps)
 
     history = train(student, batches, loss_of, device, title="nad", **training)
     return student.eval(), history

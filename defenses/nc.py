@@ -1,50 +1,48 @@
 """Unlearning the inverted trigger (Neural Cleanse, Wang et al., S&P 2019, section VI-C).
 
-The inverted pattern is that of defenses.inversion, as for MCL, so that a comparison of the two is one of what they do
-with it; the schedule is fine-tuning's, so that a comparison with that is one of the stamp.
+The inverted trigger is MCL's, so that a comparison of the two compares what they do with it. The schedule is that of
+fine-tuning, so that a comparison with fine-tuning shows the effect of the trigger.
 """
 
 import copy
-import itertools
 
 import torch
 import torch.nn.functional as F
 
-from defenses.case import Purified
-from defenses.forms import stamp
-from defenses.inversion import find_trigger
+from defenses.base import DefenseResult
+from defenses.inversion import PatternApplier
 from utils.training import train
 
-STAMPED = 0.2  # share of the images that get the trigger
+TRIGGERED = 0.2  # fraction of the images that carry the trigger
 
 
-def stamp_share(images: torch.Tensor, trigger, turn=0) -> torch.Tensor:
-    """Put the trigger on the first fifth of (B, 3, H, W) images, and leave the others as they are.
+def trigger_fraction(images: torch.Tensor, add_trigger) -> torch.Tensor:
+    """Apply the trigger to the first fifth of (B, 3, H, W) images.
 
-    Batches come in random order, so that these are a random fifth of the split, another one each epoch.
+    Batches come in random order: over an epoch, this is a random fifth of the clean split.
     """
-    count = round(STAMPED * len(images))
-    return torch.cat([stamp(images[:count], trigger.patterns, turn), images[count:]])
+    count = round(TRIGGERED * len(images))
+    return torch.cat([add_trigger(images[:count]), images[count:]])
 
 
-def defend(case, *, inversion_rounds, inversion_steps, inversion_batches, **training) -> Purified:
-    """Train a copy of the victim on images of which a fifth have the inverted trigger, all with their true labels.
+def defend(context, *, inversion_rounds, inversion_steps, inversion_batches, **training) -> DefenseResult:
+    """Train a copy of the victim on the clean split, a fifth of it with the inverted trigger, all with true labels.
 
     Args:
-        case: a defenses.case.Case.
-        training: what utils.training.train takes.
+        context: a defenses.base.DefenseContext.
+        training: arguments of utils.training.train.
 
     Raises:
-        RunError: no pattern makes the victim say the target.
+        RunError: no pattern turns the clean images into the target label.
     """
-    trigger = find_trigger(case, inversion_rounds, inversion_steps, inversion_batches, training["precision"])
-    student = copy.deepcopy(case.victim).requires_grad_(True)
-
-    turns = itertools.count()
+    trigger = context.invert(inversion_rounds, inversion_steps, inversion_batches, training["precision"])
+    student = copy.deepcopy(context.victim).requires_grad_(True)
+    add_trigger = PatternApplier(trigger.patterns)
 
     def loss_of(images, labels):
-        return F.cross_entropy(student(stamp_share(images, trigger, next(turns))), labels)
+        return F.cross_entropy(student(trigger_fraction(images, add_trigger)), labels)
 
-    with case.clock("purify"):
-        history = train(student, case.training, loss_of, case.device, title="nc", watch=case.watch, **training)
-    return Purified(student.eval(), history, trigger)
+    with context.clock("purify"):
+        settings = {"title": "nc", "monitor": context.monitor, **training}
+        history = train(student, context.train_batches, loss_of, context.device, **settings)
+    return DefenseResult(student.eval(), history, trigger)

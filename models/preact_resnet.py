@@ -37,14 +37,14 @@ class PreActResNet18(nn.Module):
         self.linear = nn.Linear(512, num_class)
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) normalised images -> the (B, C, h, w) outputs of the last three groups."""
-        second = self.layer2(self.layer1(self.conv1(x)))
-        third = self.layer3(second)
-        return [second, third, self.layer4(third)]
+        """(B, 3, H, W) normalised images -> (B, C, h, w) feature maps of the last three groups."""
+        layer2 = self.layer2(self.layer1(self.conv1(x)))
+        layer3 = self.layer3(layer2)
+        return [layer2, layer3, self.layer4(layer3)]
 
-    def pool(self, last: torch.Tensor) -> torch.Tensor:
-        """The last of `maps` -> (B, 512) features."""
-        return last.mean((2, 3))
+    def pool(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, 512, h, w) feature maps of the last group -> (B, 512) features."""
+        return maps.mean((2, 3))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, 512) pooled features."""

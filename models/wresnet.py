@@ -6,13 +6,13 @@ from torch import nn
 
 from utils.errors import UserError
 
-MOST_WEIGHTS = 5e8  # 2 GB; WRN-28-10 has 4e7
+MAX_WEIGHTS = 5e8  # 2 GB; WRN-28-10 has 4e7
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, each after batch norm and ReLU, around a shortcut.
 
-    What no gradient needs is overwritten: on a CPU, where activations wait for memory, a training step takes 7 % less.
+    Tensors that no gradient needs are overwritten in place: CPU training is memory-bound, and a step takes 7 % less.
     """
 
     def __init__(self, in_planes, out_planes, stride):
@@ -21,7 +21,7 @@ class BasicBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_planes, out_planes, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_planes)
         self.conv2 = nn.Conv2d(out_planes, out_planes, 3, 1, padding=1, bias=False)
-        # A width that changes needs a projection; it shares the first activation with conv1.
+        # A change of width needs a projection, applied to the same activation as conv1.
         self.convShortcut = None
         if in_planes != out_planes:
             self.convShortcut = nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
 
 
 class NetworkBlock(nn.Module):
-    """A group of basic blocks at one resolution; the first one may halve it."""
+    """A group of basic blocks; the first one may halve the resolution."""
 
     def __init__(self, count, in_planes, out_planes, stride):
         super().__init__()
@@ -49,23 +49,23 @@ class WideResNet(nn.Module):
     """WRN-depth-width for small images.
 
     Args:
-        depth: 10, 16, 22, 28, 40, ...: six convolutions a step beyond the four that every one has.
-        widen_factor: the width, 1 or more; the features have 64 times as many dimensions.
-        num_class: how many logits.
+        depth: 6n + 4 with n >= 1: 10, 16, 22, 28, 40, ...
+        widen_factor: the width, 1 or more; the features have 64 * widen_factor dimensions.
+        num_class: number of logits.
 
     Raises:
-        UserError: no such depth or width, or a network too large to be meant.
+        UserError: invalid depth or width, or an implausibly large network.
     """
 
     def __init__(self, depth, widen_factor, num_class):
         super().__init__()
         if depth < 10 or (depth - 4) % 6 or widen_factor < 1:
-            raise UserError(f"no WRN-{depth}-{widen_factor}: the depth is 6n + 4 (10, 16, 28, 40), the width 1 or more")
+            raise UserError(f"no WRN-{depth}-{widen_factor}: depth must be 6n + 4 (10, 16, 28, 40), width 1 or more")
         count = (depth - 4) // 6
-        # Two 3x3 convolutions a block, in three groups of 1, 2 and 4 times the width.
+        # Estimated from two 3x3 convolutions a block, in three groups of 1, 2 and 4 times the width.
         weights = count * 2 * 9 * (1 + 4 + 16) * (16 * widen_factor) ** 2 + 64 * widen_factor * num_class
-        if weights > MOST_WEIGHTS or depth > 1000:
-            raise UserError(f"a WRN-{depth}-{widen_factor} for {num_class:,} classes would be too large to be meant")
+        if weights > MAX_WEIGHTS or depth > 1000:
+            raise UserError(f"WRN-{depth}-{widen_factor} with {num_class:,} classes is too large; lower depth or width")
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, padding=1, bias=False)
         self.block1 = NetworkBlock(count, widths[0], widths[1], 1)
@@ -79,14 +79,14 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) normalised images -> the (B, C, h, w) outputs of the three groups."""
-        first = self.block1(self.conv1(x))
-        second = self.block2(first)
-        return [first, second, self.block3(second)]
+        """(B, 3, H, W) normalised images -> (B, C, h, w) feature maps of the three groups."""
+        block1 = self.block1(self.conv1(x))
+        block2 = self.block2(block1)
+        return [block1, block2, self.block3(block2)]
 
-    def pool(self, last: torch.Tensor) -> torch.Tensor:
-        """The last of `maps` -> (B, 64 * widen_factor) features."""
-        return F.relu(self.bn1(last), inplace=True).mean((2, 3))
+    def pool(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) feature maps of the last group -> (B, 64 * widen_factor) features."""
+        return F.relu(self.bn1(maps), inplace=True).mean((2, 3))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, 64 * widen_factor) pooled features, the paper's g(x)."""

@@ -3,9 +3,9 @@
     python -m tests.bench --model FILE      the table, and main.py on FILE end to end
     python -m tests.bench --quick           fewer images, once, and no end-to-end run
 
-The public way is what research releases do: a DataLoader that opens, crops and flips one PIL image after another, NCHW,
-float32, batches of 64, gradients for whatever there is, a look at the loss in every step. Each side has a process of
-its own, so that neither gains by the other's settings, and one waits while the other works. Rates are medians.
+The public way is that of research releases: a DataLoader that opens, crops and flips one PIL image after another, NCHW,
+float32, batches of 64, gradients for every parameter, the loss read in every step. Each side has its own process, so
+that neither benefits from the other's settings, and one waits while the other works. Rates are medians.
 """
 
 import argparse
@@ -27,27 +27,29 @@ from torchvision import transforms
 
 import config
 from attacks import Attack
-from data_loader import EVAL_BATCH, NORMALIZATION, Batches, DatasetBD, TensorImages, load_images
-from defenses.inversion import invert_trigger
+from data_loader import EVAL_BATCH, Batches, DatasetBD, TensorImages, load_images
+from defenses.inversion.invert import invert_trigger
 from defenses.mcl import contrastive_loss, purify
-from models import load_model
+from models.loading import load_model
 from utils.checkpoint import read_checkpoint
+from utils.datasets import NORMALIZATION
 from utils.device import keep_freed_memory, pick_device
 from utils.metrics import predict
-from utils.report import table, versions
+from utils.reporting.save import versions
+from utils.reporting.tables import text_table
 from utils.seed import generator
 from utils.training import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GRID = Attack("gridTrigger", "all2one", 5, 10, 0.1)
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"}
-# Images that the published schedule sends through each stage: 100 passes over the split, 20 epochs, and a test of clean
-# and triggered images in most of them.
+# Images of the published schedule in each stage: 100 passes over the clean split, 20 epochs, and a test on clean and
+# triggered images after most of them.
 PUBLISHED = {"inversion": 249_600, "purification": 50_000, "evaluation": 330_000}
 
 
 class PilImages(Dataset):
-    """One PIL image after another, as a release's Dataset does it."""
+    """One PIL image after another, as in the Dataset of a release."""
 
     def __init__(self, images, labels, augmented):
         self.images, self.labels = [Image.fromarray(image) for image in images.numpy()], labels.tolist()
@@ -91,8 +93,8 @@ def public_inversion(victim, images, labels, opt):
     pattern = torch.zeros(3, 32, 32, device=opt.device, requires_grad=True)
     optimizer = torch.optim.Adam([pattern], lr=0.1)
     for x, y in DataLoader(PilImages(images, labels, False), 64, shuffle=True):
-        wanted = torch.full_like(y, 5).to(opt.device)
-        loss = F.cross_entropy(network(x.to(opt.device) + pattern), wanted) + 1e-3 * pattern.abs().sum()
+        targets = torch.full_like(y, 5).to(opt.device)
+        loss = F.cross_entropy(network(x.to(opt.device) + pattern), targets) + 1e-3 * pattern.abs().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -162,7 +164,7 @@ def load_victim(opt):
 
 
 def work(side, opt, pipe):
-    """A side's process: does a stage, told its number and for how many images; tells its rate and peak memory (MiB)."""
+    """The process of one side: runs a stage on so many images when asked; reports its rate and peak memory (MiB)."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     data = load_images(opt, "train")
     if side == "ours":
@@ -176,7 +178,7 @@ def work(side, opt, pipe):
         if side == "public":
             victim = victim.to(memory_format=torch.contiguous_format)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak is counted anew
+            file.write("5")  # reset the peak
         began = time.perf_counter()
         SIDES[side][stage](victim, images, labels, opt)
         if opt.device.type == "cuda":
@@ -188,24 +190,24 @@ def work(side, opt, pipe):
 
 
 def compare(opt):
-    """Every stage on both sides in turn, and on ours with twice the images; the table's rows and the public rates."""
+    """Run every stage on both sides in turn, and on ours with twice the images. Returns table rows and public rates."""
     context, pipes = multiprocessing.get_context("spawn"), {}
     for side in SIDES:
         pipes[side], end = context.Pipe()
         context.Process(target=work, args=(side, opt, end), daemon=True).start()
     rows, public = [], {}
     for stage, name in enumerate(STAGES):
-        told, times = {side: [] for side in SIDES}, []
+        measured, times = {side: [] for side in SIDES}, []
         for _ in range(opt.repeats):
             for side, pipe in pipes.items():
                 pipe.send((stage, opt.images))
-                told[side].append(pipe.recv())
-            if name != "poisoning":  # that is always done to the whole training set
+                measured[side].append(pipe.recv())
+            if name != "poisoning":  # always of the whole training set
                 pipes["ours"].send((stage, 2 * opt.images))
-                times.append(2 * told["ours"][-1][0] / pipes["ours"].recv()[0])
-        rates = {side: statistics.median(rate for rate, _ in seen) for side, seen in told.items()}
-        peaks = {side: max(peak for _, peak in seen) for side, seen in told.items()}
-        ratio = statistics.median(ours / other for (other, _), (ours, _) in zip(*told.values(), strict=True))
+                times.append(2 * measured["ours"][-1][0] / pipes["ours"].recv()[0])
+        rates = {side: statistics.median(rate for rate, _ in seen) for side, seen in measured.items()}
+        peaks = {side: max(peak for _, peak in seen) for side, seen in measured.items()}
+        ratio = statistics.median(ours / other for (other, _), (ours, _) in zip(*measured.values(), strict=True))
         public[name] = rates["public"]
         rows.append(
             [name, *(f"{rates[side]:,.0f}" for side in SIDES), ratio, *(f"{peaks[side]:,.0f}" for side in SIDES)]
@@ -237,17 +239,17 @@ def end_to_end(opt):
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=os.path.join(ROOT, "weight", "CIFAR10", "WRN-16-1-badnet.pth.tar"))
-    parser.add_argument("--data_root", default=config.DATA_ROOT)
+    parser.add_argument("--data_root", default=config.RUN["data_root"])
     parser.add_argument("--batch_size", type=int, default=128, help="of training, on both sides")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of this repository's side")
     parser.add_argument("--quick", action="store_true", help="fewer images, once, and no end-to-end run")
     opt = parser.parse_args()
-    opt.dataset, opt.num_class, opt.device = "CIFAR10", None, torch.device(opt.device)
+    opt.dataset, opt.num_class, opt.image_size, opt.device = "CIFAR10", None, 32, torch.device(opt.device)
     opt.images, opt.repeats = (512, 1) if opt.quick else (5_000, 3)
     print(", ".join(f"{name} {version}" for name, version in versions().items()), f"threads {torch.get_num_threads()}")
     rows, public = compare(opt)
-    print(table(["images/s", "public", "ours", "ratio", "public MiB", "ours MiB", "time of twice"], rows))
+    print(text_table(["images/s", "public", "ours", "ratio", "public MiB", "ours MiB", "time for twice"], rows))
     if not opt.quick:
         published = sum(images / public[name] for name, images in PUBLISHED.items())
         seconds, peak = end_to_end(opt)

@@ -1,4 +1,4 @@
-"""What several tests share: the repository on the path, real CIFAR-10 where it is, and small stand-ins."""
+"""Shared by several tests: small models and batches, an inverted trigger, CIFAR-10 if available, the scripts."""
 
 import os
 import signal
@@ -12,7 +12,32 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from defenses import DefenseContext
+from defenses.inversion import InvertedTrigger
 from models import select_model
+from utils.progress import Stopwatch
+
+METADATA = {"arch": "WRN-10-1", "num_class": 4, "normalization": ([0.5] * 3, [0.2] * 3)}  # of a checkpoint
+
+
+def state_vector(model):
+    """All weights and statistics of a model, as one vector."""
+    return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
+
+
+def sgd_step_by_hand(student, loss, lr):
+    """The weights after one step of plain SGD on `loss`, by name; `student` stays as it is."""
+    names, weights = zip(*student.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    return {
+        name: weight.detach() if gradient is None else weight.detach() - lr * gradient
+        for name, weight, gradient in zip(names, weights, gradients, strict=True)
+    }
+
+
+def assert_weights(model, expected, atol=1e-6):
+    """Check a model's weights against a dict of tensors by name."""
+    torch.testing.assert_close(dict(model.requires_grad_(False).named_parameters()), expected, rtol=1e-4, atol=atol)
 
 
 @pytest.fixture
@@ -23,39 +48,50 @@ def images():
 
 @pytest.fixture
 def victim():
-    """A small network of three classes, as every defense is given it; never trained."""
+    """A small untrained network of three classes, frozen, in eval mode."""
     torch.manual_seed(0)
     return select_model("WRN-10-1", 3).eval().requires_grad_(False)
 
 
 @pytest.fixture
 def batches():
-    """Three batches of eight random images for it, with labels."""
+    """Three batches of eight random images for `victim`, with labels."""
     rng = torch.Generator().manual_seed(0)
     return [(torch.rand(8, 3, 8, 8, generator=rng), torch.randint(3, (8,), generator=rng)) for _ in range(3)]
 
 
-FACTS = {"arch": "WRN-10-1", "num_class": 4, "normalization": ([0.5] * 3, [0.2] * 3)}  # of a checkpoint of ours
+@pytest.fixture
+def trigger():
+    """A white 2x2 patch in the corner of an 8x8 image."""
+    pattern = torch.zeros(3, 8, 8)
+    pattern[:, 6:, 6:] = 1
+    return InvertedTrigger(pattern, 1.0)
 
 
-def weights(model):
-    """All weights and statistics of a model, as one vector."""
-    return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
+@pytest.fixture
+def make_context(victim, batches, trigger, monkeypatch):
+    """Make a DefenseContext of the fixtures above, with `changes`; its inversion returns `trigger`."""
+    monkeypatch.setattr("defenses.base.find_trigger", lambda *_: trigger)  # an untrained victim has no trigger to find
+
+    def make(**changes):
+        context = DefenseContext(victim, batches, batches, True, torch.device("cpu"), 0, Stopwatch(), 1)
+        return context._replace(**changes)
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def cifar_root():
-    """The folder with CIFAR-10's files, or a skip that says how to have it."""
+    """The folder of CIFAR-10's files; without it the test is skipped."""
     root = Path(os.environ.get("MCL_DATA_ROOT", ROOT / "data"))
     if not (root / "cifar-10-batches-py" / "data_batch_1").exists():
-        pytest.skip("no CIFAR-10 here: set MCL_DATA_ROOT to the folder that holds cifar-10-batches-py")
+        pytest.skip("no CIFAR-10 found: set MCL_DATA_ROOT to the folder that holds cifar-10-batches-py")
     return str(root)
 
 
 @pytest.fixture(scope="session")
 def script():
-    """Run a script of the repository, or -m and a module of it, in another process; returns the finished process, its
-    output as text."""
+    """Run a script of the repository, or -m and a module, in a process of its own; returns the finished process."""
 
     def run(*words, cwd=ROOT):
         words = words if words[0] == "-m" else (ROOT / words[0], *words[1:])
@@ -67,17 +103,17 @@ def script():
 
 @pytest.fixture(scope="session")
 def interrupted():
-    """Run a script until a line of its output holds `when`, press Ctrl-C; returns its exit code and its stderr."""
+    """Run a script until a line of its output contains `when`, then press Ctrl-C; returns its exit code and stderr."""
 
     def run(*words, when, cwd=ROOT):
         command = [sys.executable, "-u", str(ROOT / words[0]), *map(str, words[1:])]
-        # A shell that runs the tests in the background has told them to ignore Ctrl-C, which a child would inherit.
-        usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+        # A shell that runs the tests in the background makes them ignore Ctrl-C, and a child inherits that.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, handler)
         assert any(when in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
-        return process.returncode, told
+        _, stderr = process.communicate(timeout=60)
+        return process.returncode, stderr
 
     return run

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back, what users have is read, what does not fit is told in one line."""
+"""Checkpoints and files: saving, reading those of other code, one-line errors for those that do not fit."""
 
 import json
 import pickle
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, ROOT
+from conftest import METADATA, ROOT
 
 from models import select_model
 from utils.checkpoint import find_weights, load_weights, read_checkpoint, save_checkpoint
 from utils.errors import RunError, UserError
-from utils.files import check_folder, write_csv, write_file, write_json
+from utils.files import check_writable, write_csv, write_file, write_json
 
 
 @pytest.fixture
@@ -20,40 +20,40 @@ def model():
     return select_model("WRN-10-1", 4)
 
 
-def test_a_saved_model_comes_back_with_its_facts(model, tmp_path):
+def test_a_saved_model_is_read_back_with_its_metadata(model, tmp_path):
     path = str(tmp_path / "new" / "a.tar")
-    save_checkpoint(path, model, **FACTS, attack={"target_label": 2})
+    save_checkpoint(path, model, **METADATA, attack={"target_label": 2})
     checkpoint = read_checkpoint(path)
-    other = select_model("WRN-10-1", 4)
-    load_weights(other, checkpoint["state_dict"], path, "WRN-10-1")
+    loaded = select_model("WRN-10-1", 4)
+    load_weights(loaded, checkpoint["state_dict"], path, "WRN-10-1")
     images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(model.eval()(images), other.eval()(images))
+    assert torch.equal(model.eval()(images), loaded.eval()(images))
     assert (checkpoint["arch"], checkpoint["attack"]) == ("WRN-10-1", {"target_label": 2})
     assert "optimizer" not in checkpoint
 
 
-@pytest.mark.parametrize("holder", [None, "state_dict", "model", "net"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "net"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_the_forms_that_users_have(model, tmp_path, holder, prefix):
+def test_state_dicts_of_other_code_are_found(model, tmp_path, key, prefix):
     weights = {prefix + name: tensor for name, tensor in model.network.state_dict().items()}
     path = str(tmp_path / "a.pth")
-    torch.save({holder: weights, "epoch": 3} if holder else weights, path)
+    torch.save({key: weights, "epoch": 3} if key else weights, path)
     load_weights(select_model("WRN-10-1", 4), read_checkpoint(path)["state_dict"], path, "WRN-10-1")
 
 
-def test_what_a_stranger_calls_its_architecture_and_attack_is_left_out(model, tmp_path):
+def test_metadata_of_other_code_is_ignored(model, tmp_path):
     path = str(tmp_path / "a.pth")
     torch.save({"state_dict": model.network.state_dict(), "arch": "resnet18", "attack": "badnet"}, path)
     assert read_checkpoint(path).keys() == {"state_dict"}
 
 
-def test_own_weights_go_before_those_that_are_shipped(tmp_path):
+def test_trained_weights_take_precedence_over_shipped_ones(tmp_path):
     shipped = find_weights(str(tmp_path), "CIFAR10", "WRN-16-1-badnet")
     assert Path(shipped) == ROOT / "weight" / "CIFAR10" / "WRN-16-1-badnet.pth.tar"
-    own = tmp_path / "CIFAR10" / "WRN-16-1-badnet.pth.tar"
-    own.parent.mkdir()
-    own.touch()
-    assert find_weights(str(tmp_path), "CIFAR10", "WRN-16-1-badnet") == str(own)
+    trained = tmp_path / "CIFAR10" / "WRN-16-1-badnet.pth.tar"
+    trained.parent.mkdir()
+    trained.touch()
+    assert find_weights(str(tmp_path), "CIFAR10", "WRN-16-1-badnet") == str(trained)
 
 
 class Hostile:
@@ -66,7 +66,7 @@ class Hostile:
     [b"", b"not a checkpoint", pickle.dumps(Hostile()), pickle.dumps({"state_dict": Hostile()})],
     ids=["empty", "text", "hostile", "hostile inside"],
 )
-def test_strange_files_are_refused_and_not_executed(tmp_path, content):
+def test_unsafe_files_are_refused_and_not_executed(tmp_path, content):
     path = tmp_path / "a.pth"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a checkpoint that can be read safely") as caught:
@@ -74,25 +74,28 @@ def test_strange_files_are_refused_and_not_executed(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_other_things_are_told_apart(model, tmp_path):
+def test_files_that_are_no_checkpoints_are_refused_with_the_reason(model, tmp_path):
     path = str(tmp_path / "a.pth")
-    for content, told in (([1], "holds a list"), ({"epoch": 3}, "no state_dict"), ({"net": {"w": 3}}, "no state_dict")):
+    contents = ([1], "holds a list"), ({"epoch": 3}, "no state_dict"), ({"net": {"w": 3}}, "no state_dict")
+    for content, message in contents:
         torch.save(content, path)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             read_checkpoint(path)
     torch.save({"w": torch.tensor([1.0, float("nan")])}, path)
     with pytest.raises(UserError, match="not finite"):
         read_checkpoint(path)
     with pytest.raises(UserError, match="is a folder"):
         read_checkpoint(str(tmp_path))
+    with pytest.raises(UserError, match="no checkpoint at"):
+        read_checkpoint(str(tmp_path / "b.pth"))
 
 
-def test_weights_that_do_not_fit_say_what_differs(model):
+def test_weights_that_do_not_fit_list_the_differences(model):
     weights = dict(model.network.state_dict())
     weights["fc.weight"] = weights["fc.weight"][:2]
     del weights["bn1.bias"]
     weights["extra"] = torch.zeros(1)
-    with pytest.raises(UserError, match=r"missing: bn1.bias; too many: extra; of another shape: fc.weight"):
+    with pytest.raises(UserError, match=r"missing: bn1.bias; unexpected: extra; of another shape: fc.weight"):
         load_weights(model, weights, "a.pth", "WRN-10-1")
 
 
@@ -100,27 +103,38 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     write_json(str(path), {"a": 1})
 
-    def half(file):
-        file.write(b"half")
+    def write_part_and_fail(file):
+        file.write(b"part")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RunError, match="No space left"):
-        write_file(str(path), half)
+        write_file(str(path), write_part_and_fail)
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"):
-        check_folder(str(tmp_path / "file" / "folder"))
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "file/folder", "file/folder/folder", "link/folder", "x" * 300):
+        with pytest.raises(UserError, match="cannot write to"):
+            check_writable(str(tmp_path / name))
+    with pytest.raises(UserError, match="it is a folder"):
+        check_writable(str(tmp_path.parent), tmp_path.name)
 
 
-def test_csv_has_one_header_over_all_columns(tmp_path):
+def test_checking_a_folder_creates_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", "results", "results/a/b", str(tmp_path / "weight" / "a")):
+        check_writable(folder, "metrics.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_csv_has_one_header_with_the_columns_of_all_rows(tmp_path):
     write_csv(str(tmp_path / "a.csv"), [{"epoch": 1}, {"epoch": 2, "acc": 3.5}])
     assert (tmp_path / "a.csv").read_text() == "epoch,acc\n1,\n2,3.5\n"
 
 
-def test_figures_of_nothing_are_null_in_json(tmp_path):
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
     write_json(str(tmp_path / "a.json"), {"per_class": [50.0, float("nan")], "all": {"index": float("-inf")}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"per_class": [50.0, None], "all": {"index": None}}

@@ -1,100 +1,116 @@
-"""The comparison's rows, tables and files, from what runs wrote."""
+"""The rows, tables and files of a comparison, made from metrics.json of its runs."""
 
 import csv
 import json
 
 import pytest
 
-from utils.comparison import comparison_row, comparison_tables, comparison_text, write_comparison
-from utils.files import digest_file
+from utils.files import sha256_of
+from utils.reporting.comparison import comparison_row, comparison_tables, comparison_text, write_comparison
 from utils.resume import finished_run
 
 BEFORE = {"acc": 82.0, "acc_published": 83.0, "asr": 99.0, "ra": 1.0, "floor": 2.0, "per_class": []}
 
 
-def row(victim, defense, after, seconds=10.0):
+def make_row(victim, defense, after, seconds=10.0):
     metrics = {"before": BEFORE, "after": after, "seed": 1, "detected_label": 5}
     metrics["seconds"] = {"data": 100.0, "evaluate": 50.0, "purify": seconds, "detect": 2.5, "total": 999.0}
     return comparison_row(victim, defense, metrics)
 
 
-def figures(acc, asr):
+def make_metrics(acc, asr):
     return {**BEFORE, "acc": acc, "acc_published": acc, "asr": asr, "ra": acc}
 
 
 ROWS = [
-    row("one", "mcl", figures(81.0, 2.0)),
-    row("one", "ft", figures(81.004, 12.0), seconds=5.0),
-    row("one", "nc", None, seconds=1.0),
+    make_row("one", "mcl", make_metrics(81.0, 2.0)),
+    make_row("one", "nad", make_metrics(81.004, 3.0), seconds=5.0),
+    make_row("one", "ft", make_metrics(85.0, 12.0), seconds=2.0),
+    make_row("one", "nc", None, seconds=1.0),
 ]
 
 
 def test_seconds_are_those_of_the_defense_alone():
-    assert [found["seconds"] for found in ROWS] == [12.5, 7.5, 3.5]
-    assert [found["changed"] for found in ROWS] == [True, True, False]
-    assert ROWS[2]["asr"] == ROWS[0]["before_asr"] == 99.0
+    assert [row["seconds"] for row in ROWS] == [12.5, 7.5, 4.5, 3.5]
+    assert [row["changed"] for row in ROWS] == [True, True, True, False]
+    assert ROWS[3]["asr"] == ROWS[0]["before_asr"] == 99.0
 
 
-def test_of_one_victim_there_is_a_row_a_defense_and_the_best_are_marked():
+def test_one_victim_has_one_table_with_a_row_for_each_defense():
     ((title, header, cells),) = comparison_tables(ROWS, "<{}>".format)
     assert (title, header) == ("one", ["defense", "ACC", "ACC*", "ASR", "RA", "seconds"])
     assert cells == [
         ["none", "82.00", "83.00", "99.00", "1.00", ""],
         ["mcl", "<81.00>", "<81.00>", "<2.00>", "<81.00>", "12.50"],
-        ["ft", "<81.00>", "<81.00>", "12.00", "<81.00>", "<7.50>"],  # equal, as far as it is shown
+        ["nad", "<81.00>", "<81.00>", "3.00", "<81.00>", "<7.50>"],  # equal to two decimals
+        ["ft", "85.00", "85.00", "12.00", "85.00", "4.50"],  # the backdoor is still there
         ["nc (found nothing)", "82.00", "83.00", "99.00", "1.00", "3.50"],
     ]
-    assert ">2.00" in comparison_text(ROWS)
+    text = comparison_text(ROWS)
+    assert ">2.00" in text
+    assert text.splitlines()[-1].startswith("> best of its column, among the defenses after which the backdoor is gone")
 
 
-def test_of_several_victims_there_is_a_table_a_figure_with_a_row_a_victim():
-    tables = comparison_tables([*ROWS, row("two", "mcl", figures(70.0, 1.0))], "<{}>".format)
+def test_without_a_removed_backdoor_nothing_is_marked():
+    rows = [ROWS[2], ROWS[3], make_row("one", "fst", {**make_metrics(90.0, 1.0), "asr": None})]
+    ((_, _, cells),) = comparison_tables(rows, "<{}>".format)
+    assert not any("<" in cell for line in cells for cell in line)
+    assert cells[-1] == ["fst", "90.00", "90.00", "-", "90.00", "12.50"]
+    assert "> " not in comparison_text(rows)
+
+
+def test_several_victims_have_a_table_for_each_metric():
+    tables = comparison_tables([*ROWS, make_row("two", "mcl", make_metrics(70.0, 1.0))], "<{}>".format)
     assert [title for title, *_ in tables] == ["ACC", "ACC*", "ASR", "RA", "seconds"]
-    assert tables[2][1] == ["victim", "none", "mcl", "ft", "nc"]
+    assert tables[2][1] == ["victim", "none", "mcl", "nad", "ft", "nc"]
     assert tables[2][2] == [
-        ["one", "99.00", "<2.00>", "12.00", "99.00"],
-        ["two", "99.00", "<1.00>", "failed", "failed"],
+        ["one", "99.00", "<2.00>", "3.00", "12.00", "99.00"],
+        ["two", "99.00", "<1.00>", "failed", "failed", "failed"],
     ]
-    assert tables[4][2][1] == ["two", "<12.50>", "failed", "failed"]
+    assert tables[4][2][1] == ["two", "<12.50>", "failed", "failed", "failed"]
 
 
-def test_models_that_are_only_measured_have_one_column_and_took_no_time():
-    tables = comparison_tables([row("one", "none", None), row("two", "none", None)], str)
+def test_models_that_are_only_measured_have_one_column_and_no_seconds():
+    tables = comparison_tables([make_row("one", "none", None), make_row("two", "none", None)], str)
     assert [title for title, *_ in tables] == ["ACC", "ACC*", "ASR", "RA"]
     assert tables[0][1:] == (["victim", "none"], [["one", "82.00"], ["two", "82.00"]])
 
 
-@pytest.mark.parametrize("rows", [ROWS, [*ROWS, row("t|wo", "mcl", None)]])
-def test_three_files_are_written(tmp_path, rows):
+UNKNOWN = {**BEFORE, "asr": None, "ra": None, "floor": None}
+
+
+@pytest.mark.parametrize("rows", [ROWS, [*ROWS, make_row("t|wo", "mcl", None)], [*ROWS, make_row("x", "ft", UNKNOWN)]])
+def test_a_comparison_has_three_files(tmp_path, rows):
     write_comparison(str(tmp_path), rows)
     with open(tmp_path / "comparison.csv") as file:
-        read = list(csv.DictReader(file))
-    assert [(found["victim"], found["defense"], float(found["asr"])) for found in read] == [
-        (found["victim"], found["defense"], found["asr"]) for found in rows
+        stored = list(csv.DictReader(file))
+    assert [(row["victim"], row["defense"], row["asr"]) for row in stored] == [
+        (row["victim"], row["defense"], "" if row["asr"] is None else str(row["asr"])) for row in rows
     ]
-    lines = (tmp_path / "comparison.md").read_text().splitlines()
-    table = [line for line in lines if line.startswith("|")]
+    text = (tmp_path / "comparison.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("|")]
     assert any("**2.00**" in line for line in table)
+    assert "Bold: best of its " in text
     assert len({line.replace("\\|", "").count("|") for line in table if "seconds" not in line}) <= 2
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_is_written_of_nothing(tmp_path):
+def test_no_rows_write_no_files(tmp_path):
     write_comparison(str(tmp_path / "x"), [])
     assert not (tmp_path / "x").exists()
 
 
-def test_a_run_is_finished_with_its_own_options_on_its_own_file_only(tmp_path):
+def test_a_run_is_finished_only_with_the_same_options_and_model(tmp_path):
     model = tmp_path / "model.tar"
     model.write_bytes(b"weights")
     options = {"lr": 0.1, "model": str(model), "data_root": "a", "resume": True, "target": "auto"}
     assert finished_run(str(tmp_path), options, str(model)) is None
-    stored = {"model_sha256": digest_file(str(model)), "before": BEFORE, "config": {**options, "data_root": "b"}}
+    stored = {"model_sha256": sha256_of(str(model)), "before": BEFORE, "config": {**options, "data_root": "b"}}
     (tmp_path / "metrics.json").write_text(json.dumps(stored))
     assert finished_run(str(tmp_path), options, str(model)) == stored
     assert finished_run(str(tmp_path), {**options, "lr": 0.2}, str(model)) is None
     assert finished_run(str(tmp_path), {**options, "new": 1}, str(model)) is None
-    folders = {"dataset": "folder", "data_root": "a"}  # there the root says which pictures they are
+    folders = {"dataset": "folder", "data_root": "a"}  # here the root selects the images
     (tmp_path / "metrics.json").write_text(json.dumps({**stored, "config": {**options, **folders}}))
     assert finished_run(str(tmp_path), {**options, **folders}, str(model)) is not None
     assert finished_run(str(tmp_path), {**options, **folders, "data_root": "b"}, str(model)) is None

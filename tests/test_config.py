@@ -1,16 +1,17 @@
-"""The options: what is refused, and how."""
+"""The options: their defaults, the ones that are refused, and the errors."""
 
 import pytest
 import torch
 
 import config
-from defenses import DEFENSES
+from defenses import DEFENSE_FUNCTIONS
+from utils import cli
 from utils.device import pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "error"),
     [
         (["--dataset", "cifar"], "invalid choice"),
         (["--trigger_type", "gridtriger"], "invalid choice: 'gridtriger'; did you mean gridTrigger?"),
@@ -30,49 +31,53 @@ from utils.errors import RunError, UserError, run_script
             "--target_label applies only with --target_type all2one or cleanLabel",
         ),
         (["--positive", "backdoored", "--finetune_lr", "0.1"], "--finetune_lr applies only with --positive finetuned"),
-        (["--tensorboard", "--print_freq", "0"], "--tensorboard applies only with --print_freq from 1 to --epochs"),
-        (["--defense", "none", "--tensorboard"], "--tensorboard does not apply with --defense none"),
-        (["--defense", "none", "--epochs", "3"], "--epochs does not apply with --defense none"),
+        (
+            ["--tensorboard", "--print_freq", "0"],
+            "--tensorboard applies only with a training, and --print_freq from 1 to --epochs",
+        ),
+        (["--defense", "none", "--tensorboard"], "--tensorboard applies only with a training"),
+        (["--defense", "none", "--epochs", "3"], "--epochs applies only with --defense mcl or ft or"),
         (["--defense", "ft", "--temperature", "1"], "--temperature applies only with --defense mcl"),
         (["--defense", "fst", "--target", "3"], "--target applies only with --defense mcl or nc"),
         (["--defense", "ibau", "--momentum", "0"], "--momentum applies only with --defense mcl or ft or nad or nc"),
         (["--target", "3", "--force"], "--force applies only with --target auto"),
         (["--target", "-1"], "-1 is not auto, any, or a label"),
-        (["--resume"], "--resume applies only to a comparison"),
+        (["--resume"], "--resume applies only with --defense all or several models"),
+        (["--defense", "none", "--ratio", "0.1"], "--ratio applies only with a --defense other than none"),
     ],
 )
-def test_what_does_not_apply_is_refused_in_one_line(words, told, capsys):
+def test_an_option_that_does_not_apply_is_one_line_and_exit_code_2(words, error, capsys):
     with pytest.raises(SystemExit) as ended:
         config.parse("main.py", words)
     message = capsys.readouterr().err
     assert ended.value.code == 2
-    assert told in message
+    assert error in message
     assert message.startswith("error: ")
     assert message.count("\n") == 1
 
 
-def test_given_options_are_told_from_defaults():
-    options, given = config.parse("main.py", ["--seed", "1", "--dataset", "shapes"])
-    assert given == {"seed", "dataset"}
+def test_explicit_options_are_distinguished_from_defaults():
+    options, explicit = config.parse("main.py", ["--seed", "1", "--dataset", "shapes"])
+    assert explicit == {"seed", "dataset"}
     assert options.seed == 1
 
 
-def test_a_trigger_brings_its_label_mode_rate_and_strength():
-    options, given = config.parse("train_badnet.py", ["--trigger_type", "signalTrigger"])
+def test_a_trigger_sets_its_label_mode_poison_rate_and_strength():
+    options, explicit = config.parse("train_badnet.py", ["--trigger_type", "signalTrigger"])
     assert (options.target_type, options.inject_portion, options.delta) == ("cleanLabel", 0.5, 40)
-    assert given == {"trigger_type"}
+    assert explicit == {"trigger_type"}
     options, _ = config.parse("train_badnet.py", ["--trigger_type", "signalTrigger", "--delta", "9"])
     assert options.delta == 9
     assert options.opacity is None
     assert config.parse("train_badnet.py", ["--target_type", "all2all"])[0].inject_portion == 0.2
 
 
-def test_what_poisons_nothing_has_no_options_of_poisoning(capsys):
+def test_a_clean_model_has_no_options_of_poisoned_images(capsys):
     words = ["--trigger_type", "wanetTrigger", "--inject_portion", "0"]
     assert config.parse("train_badnet.py", words)[0].inject_portion == 0
     with pytest.raises(SystemExit):
         config.parse("train_badnet.py", [*words, "--noise_ratio", "1"])
-    assert "--noise_ratio does not apply with --inject_portion 0" in capsys.readouterr().err
+    assert "--noise_ratio applies only with --inject_portion above 0" in capsys.readouterr().err
 
 
 def test_each_script_has_only_its_own_options():
@@ -83,32 +88,33 @@ def test_each_script_has_only_its_own_options():
     assert "temperature" not in attack
 
 
-def test_the_options_of_the_defenses_are_all_known_to_the_parser():
+def test_the_parser_knows_every_option_with_a_condition_and_every_defense():
     known = vars(config.get_arguments("main.py").parse_args([]))
-    assert config.DEFENDING | set(config.APPLIES) <= set(known)
-    assert set(config.DEFENSES) == set(DEFENSES)
+    known |= vars(config.get_arguments("train_badnet.py").parse_args([]))
+    assert set(cli.OPTION_CONDITIONS) <= set(known)
+    assert set(config.DEFENSES) == set(DEFENSE_FUNCTIONS)
 
 
-def test_a_defense_brings_its_recipe():
+def test_a_defense_sets_its_recipe():
     options, _ = config.parse("main.py", ["--defense", "ftsam", "--rho", "1"])
     assert (options.epochs, options.batch_size, options.rho) == (100, 256, 1)
     assert options.temperature is options.target is options.alpha is None
     assert config.parse("main.py", [])[0].target == "auto"
 
 
-def test_a_comparison_gives_each_defense_its_own_recipe_and_what_the_user_gave():
+def test_a_comparison_gives_each_defense_its_recipe_and_the_explicit_options():
     options, _ = config.parse("main.py", ["--defense", "all", "--lr", "0.5", "--temperature", "1", "--target", "3"])
-    assert config.compares(options)
-    mcl, ft = (config.one_run(options, defense=defense) for defense in ("mcl", "ft"))
+    assert cli.is_comparison(options)
+    mcl, ft = (config.single_run_options(options, defense=defense) for defense in ("mcl", "ft"))
     epochs = config.DEFENSES["mcl"]["epochs"]
     assert (mcl.epochs, mcl.lr, mcl.temperature, mcl.target, mcl.force) == (epochs, 0.5, 1, 3, False)
     assert (ft.epochs, ft.lr, ft.temperature, ft.target) == (20, 0.5, None, None)
-    assert config.compares(config.parse("main.py", ["--model", "a", "b"])[0])
-    assert not config.compares(config.parse("main.py", ["--model", "a"])[0])
+    assert cli.is_comparison(config.parse("main.py", ["--model", "a", "b"])[0])
+    assert not cli.is_comparison(config.parse("main.py", ["--model", "a"])[0])
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (UserError("two\nlines"), 2, "two lines"),
         (RunError("no"), 1, "no"),
@@ -118,21 +124,21 @@ def test_a_comparison_gives_each_defense_its_own_recipe_and_what_the_user_gave()
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory; lower --batch_size"),
     ],
 )
-def test_what_ends_a_run_is_one_line_and_an_exit_code(error, code, told, capsys):
+def test_an_error_is_one_line_and_an_exit_code(error, code, message, capsys):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as ended:
         run_script(main, "go on")
-    assert (ended.value.code, capsys.readouterr().err) == (code, f"error: {told}\n")
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"error: {message}\n")
 
 
-def test_a_mistake_in_the_code_is_not_hidden():
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shapes differ"):
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")), "")
 
 
-def test_a_cpu_takes_what_is_below_the_normal_range_as_zero():
+def test_a_cpu_flushes_denormal_numbers_to_zero():
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor has no such setting")
     tiny = torch.tensor([1e-30])
@@ -144,9 +150,9 @@ def test_a_cpu_takes_what_is_below_the_normal_range_as_zero():
         torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("computes, taken", [(True, "bf16"), (False, "fp32")])
-def test_auto_takes_bf16_where_the_processor_computes_in_it(monkeypatch, computes, taken):
+@pytest.mark.parametrize("computes, expected", [(True, "bf16"), (False, "fp32")])
+def test_auto_chooses_bf16_if_the_processor_computes_in_it(monkeypatch, computes, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: computes)
     cpu = torch.device("cpu")
-    assert pick_precision("auto", cpu) == taken
+    assert pick_precision("auto", cpu) == expected
     assert (pick_precision("fp32", cpu), pick_precision("bf16", cpu)) == ("fp32", "bf16")

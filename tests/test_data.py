@@ -11,12 +11,12 @@ from attacks import Attack
 from data_loader import (
     Batches,
     DatasetCL,
-    ImageSet,
     TensorImages,
     get_backdoor_loader,
     get_clean_split,
     load_images,
 )
+from utils.datasets import ImageSet
 from utils.errors import UserError
 from utils.seed import generator
 
@@ -53,7 +53,7 @@ def test_augmented_batches_are_crops_and_flips_of_the_padded_image(images):
     assert {row for row, *_ in seen} == {column for _, column, _ in seen} == set(range(9))
 
 
-def test_an_epoch_has_every_image_once_in_a_new_order(images):
+def test_each_epoch_has_every_image_once_in_a_new_order(images):
     batches = Batches(TensorImages(images, torch.arange(8)), 3, "cpu", shuffle=True, rng=generator(1, "order"))
     first, second = (torch.cat([y for _, y in batches]).tolist() for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(8))
@@ -65,7 +65,7 @@ def test_drop_last(images):
     assert len(batches) == len(list(batches)) == 2
 
 
-def test_clean_split_is_a_random_share_fixed_by_the_seed(images):
+def test_the_clean_split_is_a_random_fraction_fixed_by_the_seed(images):
     splits = [DatasetCL(images, torch.arange(8), 0.5, generator(seed, "split")) for seed in (1, 1, 2)]
     assert all(len(set(split.index.tolist())) == 4 for split in splits)
     assert torch.equal(splits[0].index, splits[1].index)
@@ -77,24 +77,34 @@ def test_clean_split_is_a_random_share_fixed_by_the_seed(images):
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.1, 0.1])
-def test_a_split_without_images_or_beyond_the_set_is_refused(images, ratio):
+def test_a_ratio_outside_0_to_1_or_without_images_is_refused(images, ratio):
     with pytest.raises(UserError):
         DatasetCL(images, torch.arange(8), ratio, generator(1, "split"))
 
 
-def test_the_images_watched_are_from_end_to_end_of_a_set_sorted_by_class():
+def test_the_monitor_set_covers_a_data_set_that_is_sorted_by_class():
     images, labels = torch.zeros(5000, 8, 8, 3, dtype=torch.uint8), torch.arange(5000) // 500
     train, attack = ImageSet(images, labels, list("0123456789")), Attack("gridTrigger", "all2one", 0, 10, 0.1)
     opt = options("--dataset", "shapes")
     opt.batch_size, opt.augment = 64, "none"
-    assert get_clean_split(opt, train, attack, "cpu").watched.labels.bincount().min() > 90
+    assert get_clean_split(opt, train, attack, "cpu").monitor_set.labels.bincount().min() > 90
     searched, other = (get_clean_split(opt, train, attack, "cpu") for _ in range(2))
-    list(searched.search)  # a search for the target draws for itself alone
-    assert all(torch.equal(x[1], y[1]) for x, y in zip(searched.training, other.training, strict=True))
+    list(searched.search)  # the target search has a generator of its own
+    assert all(torch.equal(x[1], y[1]) for x, y in zip(searched.train, other.train, strict=True))
     opt.inject_portion = 0.1
     assert get_backdoor_loader(opt, train, attack, "cpu")[1].labels.bincount().tolist() == [100] * 10
-    with pytest.raises(UserError, match="--batch_size 64 cannot be shared out evenly among 3 processes"):
-        get_backdoor_loader(opt, train, attack, "cpu", part=(0, 3))
+    with pytest.raises(UserError, match="--batch_size 64 is not divisible by the 3 processes"):
+        get_backdoor_loader(opt, train, attack, "cpu", shard=(0, 3))
+
+
+def test_the_monitor_set_and_the_clean_split_share_no_image():
+    images, attack = torch.zeros(200, 8, 8, 3, dtype=torch.uint8), Attack("gridTrigger", "all2one", 0, 10, 0.1)
+    images[:, 0, 0, 0] = torch.arange(200)
+    train_set, opt = ImageSet(images, torch.arange(200) % 10, list("0123456789")), options("--dataset", "shapes")
+    opt.batch_size, opt.augment, opt.ratio = 8, "none", 0.25
+    split = get_clean_split(opt, train_set, attack, "cpu")
+    monitored = torch.cat([x[:, 0, 0, 0] for x, _ in split.monitor_set.clean]).mul(255).round().int().tolist()
+    assert sorted([*monitored, *split.index.tolist()]) == list(range(200))
 
 
 def options(*words):
@@ -125,24 +135,24 @@ def test_a_folder_of_pictures(tmp_path):
     whole = (tmp_path / "train" / "class0" / "a.png").read_bytes()
     for content in (b"no picture", whole[:-30], whole[:40] + b"x" + whole[41:]):
         (tmp_path / "train" / "class0" / "b.png").write_bytes(content)
-        with pytest.raises(UserError, match="1 of 3 pictures cannot be read; the first: [^ ]*b.png: "):
+        with pytest.raises(UserError, match="1 of 3 images cannot be read; the first: [^ ]*b.png: "):
             load_images(opt, "train")
     with pytest.raises(UserError, match="more than this machine has"):
         load_images(argparse.Namespace(**{**vars(opt), "image_size": 10**6}), "test")
-    with pytest.raises(UserError, match="needs pictures in"):
+    with pytest.raises(UserError, match="needs images in"):
         load_images(argparse.Namespace(**{**vars(opt), "data_root": "nowhere"}), "test")
     (tmp_path / "train" / "class0" / "b.png").unlink()
     (tmp_path / "test" / "class1").rename(tmp_path / "test" / "class2")
-    with pytest.raises(UserError, match="not the same classes: class1, class2"):
+    with pytest.raises(UserError, match="must have the same classes; only one of them has class1, class2"):
         load_images(opt, "test")
     (tmp_path / "test" / "empty").mkdir()
     with pytest.raises(UserError, match="no valid file for the classes empty"):
         load_images(opt, "test")
-    with pytest.raises(UserError, match="--num_class 1 is too few"):
+    with pytest.raises(UserError, match="--num_class 1 is too small"):
         load_images(argparse.Namespace(**{**vars(opt), "num_class": 1}), "train")
 
 
-def test_missing_data_says_where_to_put_it_and_names_the_set_that_needs_none(tmp_path, monkeypatch):
+def test_missing_data_names_the_options_and_the_data_set_without_files(tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise OSError("no network")
 
@@ -158,8 +168,8 @@ def test_cifar10_is_whole(cifar_root):
     assert data.classes[5] == "dog"
 
 
-def test_half_a_gtsrb_is_refused(monkeypatch):
+def test_a_partly_downloaded_gtsrb_is_refused(monkeypatch):
     monkeypatch.setattr("torchvision.datasets.GTSRB", lambda *_, **__: range(5))
     opt = argparse.Namespace(dataset="GTSRB", data_root="there", image_size=32, num_class=None)
-    with pytest.raises(UserError, match=r"GTSRB has 26,640 pictures to train with, there.gtsrb 5"):
+    with pytest.raises(UserError, match=r"there.gtsrb has 5 of GTSRB's 26,640 train images"):
         load_images(opt, "train")

@@ -1,19 +1,27 @@
-"""The losses by hand, and what fine-tuning and purification do to the three models."""
+"""MCL: its losses by hand, and each step of its recipe."""
 
 import copy
 import math
 
 import pytest
 import torch
-from conftest import weights
+import torch.nn.functional as F
+from conftest import assert_weights, sgd_step_by_hand, state_vector
 
-from defenses.inversion import Trigger, stamp
-from defenses.mcl import alignment_loss, contrastive_loss, finetune, mirrored_mean, purify
+from defenses import mcl
+from defenses.inversion import InvertedTrigger, apply_patterns, shifted_patterns
+from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, purify, training_patterns
 
+CPU = torch.device("cpu")
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 POSITIVE = torch.tensor([[3.0, 0.0], [1.0, 1.0]])  # cosines 1 and 1/sqrt(2)
 NEGATIVE = torch.tensor([[0.0, 1.0], [0.0, -1.0]])  # cosines 0 and -1
 TRAINING = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "schedule": "cosine", "precision": "fp32"}
+ONE_STEP = {**TRAINING, "epochs": 1, "momentum": 0.0}
+INVERSION = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}
+FINETUNING = {"positive": "finetuned", "finetune_epochs": 1, "finetune_lr": 0.1}
+STUDENT = {"contrast": "others", "temperature": 0.5, "align_weight": 3.0, "ema": 0.5}
+RECIPE = {**INVERSION, **FINETUNING, **STUDENT}
 
 
 def test_contrastive_loss_by_hand():
@@ -23,17 +31,17 @@ def test_contrastive_loss_by_hand():
     assert loss.tolist() == pytest.approx([first, second])
 
 
-def test_contrastive_loss_is_log_2_where_positive_and_negative_agree():
+def test_contrastive_loss_is_log_2_if_positive_and_negative_are_equal():
     assert contrastive_loss(ANCHOR, POSITIVE, POSITIVE, 0.1).tolist() == pytest.approx([math.log(2)] * 2)
 
 
-def test_contrastive_gradient_draws_to_the_positive_and_away_from_the_negative():
+def test_contrastive_loss_pulls_to_the_positive_and_pushes_from_the_negative():
     anchor = torch.tensor([[1.0, 1.0]], requires_grad=True)
     contrastive_loss(anchor, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 0.5).sum().backward()
     assert anchor.grad[0, 0] < 0 < anchor.grad[0, 1]
 
 
-def test_features_of_different_shape_are_refused():
+def test_features_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match="differ in shape"):
         contrastive_loss(ANCHOR, POSITIVE[:1], NEGATIVE, 0.5)
 
@@ -48,66 +56,71 @@ def test_mirrored_mean_by_hand():
     assert mirrored_mean(lambda x: x[..., 0], images, True).item() == 2
 
 
-def test_patterns_are_dealt_out_in_turn():
-    patterns = torch.zeros(2, 3, 2, 4)
-    patterns[0, :, 1, 3], patterns[1, :, 1, 0] = 1.0, -1.0
-    images = torch.rand(3, 3, 2, 4, generator=torch.Generator().manual_seed(0))
-    expected = images.clone()
-    expected[[0, 2], :, 1, 3], expected[1, :, 1, 0] = 1.0, 0.0
-    assert torch.equal(stamp(images, patterns), expected)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_clean_finetuning_by_hand(victim, batches, mirror):
+    images, labels = batches[0]
+    victim.head.weight.mul_(10)  # soft labels far from uniform
+    tuned = clean_finetune(victim, batches[:1], CPU, mirror=mirror, **ONE_STEP)
+    soft_labels = victim(images).softmax(1)
+    if mirror:
+        soft_labels = (soft_labels + victim(images.flip(3)).softmax(1)) / 2
+    student = copy.deepcopy(victim).requires_grad_(True).train()
+    log_p = student(images).log_softmax(1)
+    loss = -(log_p[range(8), labels] + (soft_labels * log_p).sum(1)).mean()
+    assert_weights(tuned, sgd_step_by_hand(student, loss, ONE_STEP["lr"]))
 
 
-def test_patterns_that_outnumber_the_images_are_all_dealt_out_in_time():
-    patterns = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 1, 1) / 10
-    seen = [stamp(torch.zeros(2, 3, 1, 1), patterns, turn)[:, 0, 0, 0].tolist() for turn in range(3)]
-    assert torch.tensor(seen).mul(10).round().int().tolist() == [[0, 1], [2, 3], [4, 0]]
+def test_clean_finetuning_learns_the_labels_and_freezes_the_model(victim, batches):
+    def label_loss(model):
+        return sum(F.cross_entropy(model(x), y).item() for x, y in batches)
+
+    tuned = clean_finetune(victim, batches, CPU, mirror=False, **{**TRAINING, "epochs": 5})
+    with torch.no_grad():
+        assert label_loss(tuned) < label_loss(victim)
+    assert not any(parameter.requires_grad for parameter in tuned.parameters())
+    assert not tuned.training
 
 
-@pytest.fixture
-def trigger():
-    pattern = torch.zeros(3, 8, 8)
-    pattern[:, 6:, 6:] = 1
-    return Trigger(pattern, 1.0)
-
-
-def purified(victim, trigger, batches, positive=None, **changes):
+def run_purify(victim, trigger, batches, positive=None, **changes):
     settings = {"temperature": 0.5, "align_weight": 1.0, "mirror": False, "target": None, "ema": 0.0, **TRAINING}
-    settings |= changes
-    return purify(victim, positive or victim, trigger.pattern[None], batches, torch.device("cpu"), **settings)
+    return purify(victim, positive or victim, trigger.pattern[None], batches, CPU, **{**settings, **changes})
 
 
-def test_purify_trains_a_student_and_leaves_the_others_alone(victim, trigger, batches):
-    positive = finetune(victim, batches, torch.device("cpu"), mirror=True, **TRAINING)
-    before = weights(victim), weights(positive)
-    student, history = purified(victim, trigger, batches, positive)
-    assert torch.equal(weights(victim), before[0])
-    assert torch.equal(weights(positive), before[1])
-    assert not torch.equal(weights(student), before[0])
+def test_purify_trains_the_student_and_leaves_the_other_models_alone(victim, trigger, batches):
+    positive = clean_finetune(victim, batches, CPU, mirror=True, **TRAINING)
+    before = state_vector(victim), state_vector(positive)
+    student, history = run_purify(victim, trigger, batches, positive)
+    assert torch.equal(state_vector(victim), before[0])
+    assert torch.equal(state_vector(positive), before[1])
+    assert not torch.equal(state_vector(student), before[0])
     assert not (student.training or victim.training or positive.training)
     assert [row["epoch"] for row in history] == [1, 2]
     assert history[0]["lr"] == 0.05
     assert history[1]["loss"] < history[0]["loss"]
 
 
-def test_purify_parts_the_student_from_the_victim_on_triggered_images(victim, trigger, batches):
-    student, _ = purified(victim, trigger, batches, epochs=10)
+def test_the_student_has_the_last_layer_of_the_positive(victim, trigger, batches):
+    positive = clean_finetune(victim, batches, CPU, mirror=True, **TRAINING)
+    student, _ = run_purify(victim, trigger, batches, positive)
+    assert not torch.equal(positive.head.weight, victim.head.weight)
+    assert torch.equal(student.head.weight, positive.head.weight)
+    assert torch.equal(student.head.bias, positive.head.bias)
 
-    def closer_to_clean(model):
-        features = [
-            (
-                model.features(stamp(x, trigger.pattern[None])),
-                victim.features(x),
-                victim.features(stamp(x, trigger.pattern[None])),
-            )
-            for x, _ in batches
-        ]
-        return sum(
-            (torch.cosine_similarity(z, clean) - torch.cosine_similarity(z, bad)).mean().item()
-            for z, clean, bad in features
-        )
+
+def test_purify_separates_triggered_features_from_the_victims(victim, trigger, batches):
+    student, _ = run_purify(victim, trigger, batches, epochs=10)
+
+    def margin(model):
+        """cos(z, z+) - cos(z, z-), summed over the batches."""
+        total = 0.0
+        for images, _ in batches:
+            triggered = apply_patterns(images, trigger.pattern[None])
+            z, z_positive, z_negative = model.features(triggered), victim.features(images), victim.features(triggered)
+            total += (torch.cosine_similarity(z, z_positive) - torch.cosine_similarity(z, z_negative)).mean().item()
+        return total
 
     with torch.no_grad():
-        assert closer_to_clean(student) > closer_to_clean(victim)
+        assert margin(student) > margin(victim)
 
 
 @pytest.mark.parametrize(
@@ -126,35 +139,108 @@ def test_purify_parts_the_student_from_the_victim_on_triggered_images(victim, tr
         {"precision": "bf16"},
     ],
 )
-def test_every_setting_changes_the_student(victim, trigger, batches, change):
-    usual, other = (purified(victim, trigger, batches, **settings)[0] for settings in ({}, change))
-    assert not torch.equal(weights(usual), weights(other))
+def test_every_setting_of_purify_changes_the_student(victim, trigger, batches, change):
+    default, changed = (run_purify(victim, trigger, batches, **settings)[0] for settings in ({}, change))
+    assert not torch.equal(state_vector(default), state_vector(changed))
+
+
+def test_images_of_the_target_class_alone_give_no_contrast(victim, trigger):
+    rng = torch.Generator().manual_seed(0)
+    only_target = [(torch.rand(8, 3, 8, 8, generator=rng), torch.ones(8, dtype=torch.int64))]
+    _, history = run_purify(victim, trigger, only_target, align_weight=0.0, target=1)
+    assert [row["loss"] for row in history] == [0.0, 0.0]
+
+
+def loss_by_hand(student, victim, positive, images, triggered, in_contrast, mirror, temperature, align_weight):
+    """MCL's loss of one batch, with the contrast of the images `in_contrast`, (B,) bool."""
+    z_positive = positive.features(images)
+    if mirror:
+        z_positive = (z_positive + positive.features(images.flip(3))) / 2
+    features = student.features(torch.cat([images, triggered]))
+    z, z_negative = features[len(images) :], victim.features(triggered)
+    to_positive = torch.cosine_similarity(features, torch.cat([z_positive, z_positive]))
+    near = (to_positive[len(images) :] / temperature).exp()
+    far = (torch.cosine_similarity(z, z_negative) / temperature).exp()
+    return -(near / (near + far)).log()[in_contrast].mean() + align_weight * (1 - to_positive).mean()
 
 
 def test_the_loss_of_a_batch_by_hand(victim, trigger, batches):
     images, labels = batches[0]
-    _, history = purified(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1)
-    student, x = copy.deepcopy(victim).train(), stamp(images, trigger.pattern[None])
-    clean, bad = victim.features(images), victim.features(x)
-    z = student.features(torch.cat([images, x]))
-    to_clean = torch.cosine_similarity(z, torch.cat([clean, clean]))
-    near, far = (to_clean[8:] / 0.5).exp(), (torch.cosine_similarity(z[8:], bad) / 0.5).exp()
-    contrast = -(near / (near + far)).log()[labels != 1].mean()
-    assert history[0]["loss"] == pytest.approx((contrast + 3 * (1 - to_clean).mean()).item(), rel=1e-5)
+    _, history = run_purify(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1)
+    student, triggered = copy.deepcopy(victim).train(), apply_patterns(images, trigger.pattern[None])
+    expected = loss_by_hand(student, victim, victim, images, triggered, labels != 1, False, 0.5, 3.0)
+    assert history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_images_of_the_target_alone_give_no_contrast(victim, trigger):
-    rng = torch.Generator().manual_seed(0)
-    only_target = [(torch.rand(8, 3, 8, 8, generator=rng), torch.ones(8, dtype=torch.int64))]
-    _, history = purified(victim, trigger, only_target, align_weight=0.0, target=1)
-    assert [row["loss"] for row in history] == [0.0, 0.0]
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize("contrast", ["others", "all"])
+@pytest.mark.parametrize("positive", ["finetuned", "backdoored"])
+def test_the_defense_on_one_batch_by_hand(make_context, victim, trigger, batches, positive, contrast, augmented):
+    images, labels = batches[0]
+    target = victim(images).argmax(1).mode().values.item()  # an untrained victim "responds" with it to every shift
+    context = make_context(train_batches=batches[:1], plain_batches=batches[1:], augmented=augmented, target=target)
+    result = mcl.defend(context, **{**RECIPE, **ONE_STEP, "positive": positive, "contrast": contrast})
+
+    finetuning = {**ONE_STEP, "epochs": RECIPE["finetune_epochs"], "lr": RECIPE["finetune_lr"]}
+    finetuned = clean_finetune(victim, batches[:1], CPU, mirror=augmented, **finetuning)
+    positive_model = finetuned if positive == "finetuned" else victim
+    patterns = shifted_patterns(victim, trigger, batches[1:], target) if augmented else trigger.pattern[None]
+    assert (len(patterns) > len(images)) == augmented
+    student = copy.deepcopy(victim).requires_grad_(True).train()
+    student.head.load_state_dict(positive_model.head.state_dict())
+    in_contrast = labels != target if contrast == "others" else torch.ones(8, dtype=torch.bool)
+    assert 0 < (labels == target).sum() < 8
+    models = student, victim, positive_model
+    loss = loss_by_hand(*models, images, apply_patterns(images, patterns), in_contrast, augmented, 0.5, 3.0)
+    assert result.history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_weights(result.student, sgd_step_by_hand(student, loss, ONE_STEP["lr"]))
+    assert set(context.clock.seconds) == {"inversion", "purify"} | ({"finetune"} if positive == "finetuned" else set())
+    assert result.trigger is trigger
 
 
-def test_finetuning_keeps_the_answers_of_the_victim_and_learns_the_labels(victim, batches):
-    def label_loss(model):
-        return sum(torch.nn.functional.cross_entropy(model(x), y).item() for x, y in batches)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"positive": "backdoored"},
+        {"finetune_epochs": 2},
+        {"finetune_lr": 0.01},
+        {"contrast": "all"},
+        {"temperature": 0.1},
+        {"align_weight": 0.0},
+        {"ema": 0.0},
+        {"epochs": 1},
+        {"lr": 0.01},
+    ],
+)
+def test_every_option_changes_the_student(make_context, change):
+    default, changed = (
+        mcl.defend(make_context(), **{**RECIPE, **TRAINING, **options}).student for options in ({}, change)
+    )
+    assert not torch.equal(state_vector(default), state_vector(changed))
 
-    tuned = finetune(victim, batches, torch.device("cpu"), mirror=False, **{**TRAINING, "epochs": 5})
-    with torch.no_grad():
-        assert label_loss(tuned) < label_loss(victim)
-    assert not any(parameter.requires_grad for parameter in tuned.parameters())
+
+def test_the_inversion_uses_images_without_augmentation(make_context, victim, batches, trigger, monkeypatch):
+    calls = []
+    monkeypatch.setattr("defenses.base.find_trigger", lambda *args: calls.append(args) or trigger)
+    context = make_context(plain_batches=batches[1:], seed=7, target=2)
+    assert context.invert(4, 3, 2, "fp32") is trigger
+    assert calls == [(victim, batches[1:], 2, CPU, 7, 4, 3, 2, "fp32")]
+
+
+def test_the_trigger_is_shifted_if_images_are_augmented_and_the_victim_responds(make_context, trigger, batches):
+    class CornerVictim(torch.nn.Module):
+        """Predicts 1 if one of the last two pixels of the last row is white."""
+
+        def forward(self, x):
+            white = x[:, :, 7, 6:].amin(1).amax(1)
+            return torch.stack([torch.full_like(white, 0.999), white], 1)
+
+    dark = [(0.5 * images, torch.zeros_like(labels)) for images, labels in batches]
+    context = make_context(victim=CornerVictim(), train_batches=[], plain_batches=dark)
+    patterns = training_patterns(context, trigger)
+    assert torch.equal(patterns[0], trigger.pattern)
+    assert torch.equal(patterns, shifted_patterns(CornerVictim(), trigger, dark, 1))
+    assert len(patterns) > 1
+    assert torch.equal(training_patterns(context._replace(augmented=False), trigger), trigger.pattern[None])
+    waves = InvertedTrigger(trigger.pattern, 1.0, -trigger.pattern[None])
+    assert torch.equal(training_patterns(context, waves), torch.stack([trigger.pattern, -trigger.pattern]))

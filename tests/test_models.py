@@ -1,23 +1,28 @@
-"""The architectures and the normalisation in front of them."""
+"""The architectures, the normalisation in front of them, and loading them from checkpoints."""
 
 import pytest
 import torch
+from conftest import METADATA
 
-from models import select_model
+from models import load_classifier, load_clean_model, select_model
+from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
+
+CPU = torch.device("cpu")
+NO_NORMALIZATION = ([0.0] * 3, [1.0] * 3)
 
 
 @pytest.mark.parametrize(
     ("arch", "dimensions", "parameters"),
-    [
-        ("WRN-16-1", 64, 175_066),  # the count published for WRN-16-1 with ten classes
+    [  # the parameter counts of the WRNs are published
+        ("WRN-16-1", 64, 175_066),
         ("WRN-10-2", 128, None),
-        ("WRN-40-2", 128, 2_243_546),  # likewise for WRN-40-2
+        ("WRN-40-2", 128, 2_243_546),
         ("ResNet18", 512, 11_173_962),
         ("PreActResNet18", 512, 11_171_146),
     ],
 )
-def test_features_lead_to_the_logits(arch, dimensions, parameters):
+def test_logits_are_the_head_of_the_features(arch, dimensions, parameters):
     model = select_model(arch, 10).eval()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
@@ -28,14 +33,14 @@ def test_features_lead_to_the_logits(arch, dimensions, parameters):
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_images_are_normalised_once_and_the_constants_are_no_weights():
+def test_images_are_normalised_once_and_the_constants_are_not_in_the_state_dict():
     torch.manual_seed(0)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     model = select_model("WRN-10-1", 3, mean, std).eval()
     images = torch.rand(2, 3, 8, 8)
-    by_hand = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
+    normalised = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     with torch.no_grad():
-        assert torch.allclose(model(images), model.network(by_hand), atol=1e-6)
+        assert torch.allclose(model(images), model.network(normalised), atol=1e-6)
     assert not any("normalize" in name for name in model.state_dict())
 
 
@@ -43,3 +48,38 @@ def test_images_are_normalised_once_and_the_constants_are_no_weights():
 def test_unknown_architectures_are_refused(arch):
     with pytest.raises(UserError):
         select_model(arch, 10)
+
+
+def save_weights(folder, name, **metadata):
+    """Write the state_dict of a WRN-10-1 of four classes; returns it and the path."""
+    torch.manual_seed(0)
+    model, path = select_model("WRN-10-1", 4), str(folder / name)
+    save_checkpoint(path, model, **metadata)
+    return model.network.state_dict(), path
+
+
+def test_the_metadata_of_a_checkpoint_wins_over_the_arguments(tmp_path):
+    weights, path = save_weights(tmp_path, "a.tar", **METADATA)
+    model, metadata = load_classifier(read_checkpoint(path), path, "ResNet18", 4, NO_NORMALIZATION, CPU)
+    assert metadata == METADATA
+    assert model.normalize.mean.flatten().tolist() == pytest.approx(METADATA["normalization"][0])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.network.state_dict().items())
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_arguments_hold_for_a_checkpoint_without_metadata(tmp_path):
+    _, path = save_weights(tmp_path, "a.tar")
+    model, metadata = load_classifier(read_checkpoint(path), path, "WRN-10-1", 4, NO_NORMALIZATION, CPU)
+    assert metadata == {"arch": "WRN-10-1", "num_class": 4, "normalization": NO_NORMALIZATION}
+    assert model.normalize.std.flatten().tolist() == [1.0] * 3
+
+
+def test_a_clean_model_that_is_missing_or_has_other_classes_is_refused(tmp_path):
+    weights, path = save_weights(tmp_path, "a.tar", **METADATA)
+    model = load_clean_model(path, 4, NO_NORMALIZATION, CPU, "WRN-16-1", "train one")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.network.state_dict().items())
+    with pytest.raises(UserError, match="has 4 classes, but the attack is for 10"):
+        load_clean_model(path, 10, NO_NORMALIZATION, CPU, "WRN-16-1", "train one")
+    with pytest.raises(UserError, match="no clean model at .*; train one$"):
+        load_clean_model(str(tmp_path / "b.tar"), 4, NO_NORMALIZATION, CPU, "WRN-16-1", "train one")

@@ -1,34 +1,39 @@
-"""The pictures: what is computed for them, by hand, and what ends up in the PNG."""
+"""The pictures of a run: what is computed for them, by hand, and what ends up in the PNG; the files beside them."""
 
+import csv
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib import font_manager
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from attacks import Attack
-from data_loader import get_eval_set, spread
-from defenses.inversion import Trigger
+from data_loader import evenly_spaced, get_eval_set
+from defenses.inversion import InvertedTrigger
 from models import select_model
-from utils import plots
+from utils.errors import RunError
+from utils.progress import Stopwatch
+from utils.reporting import feature_map, picture, plots, save
 
-FIGURES = {"acc": 80.0, "acc_published": 82.0, "asr": 99.0, "ra": 1.0}
+METRICS = {"acc": 80.0, "acc_published": 82.0, "asr": 99.0, "ra": 1.0}
 
 
-def pixels_of(path):
-    """(H, W, 3) of a PNG that decodes, and at whose edge nothing is cut off: its outermost pixels are white."""
+def read_pixels(path):
+    """(H, W, 3) of a PNG; nothing may be cut off at its edge: the outermost pixels are white."""
     with Image.open(path) as file:
-        picture = pil_to_tensor(file.convert("RGB")).permute(1, 2, 0)
-    assert all((edge == 255).all() for edge in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:]))
-    return picture
+        pixels = pil_to_tensor(file.convert("RGB")).permute(1, 2, 0)
+    assert all((edge == 255).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]))
+    return pixels
 
 
-def places_of(picture, colour):
-    """Where a picture has a colour, given as three bytes or as #RRGGBB, to a rounding: (n, 2) rows and columns."""
+def positions_of(pixels, colour):
+    """(n, 2) rows and columns of a colour, given as three bytes or as #RRGGBB, up to rounding."""
     colour = tuple(bytes.fromhex(colour[1:])) if isinstance(colour, str) else colour
-    return ((picture.int() - torch.tensor(colour)).abs() <= 1).all(2).nonzero()
+    return ((pixels.int() - torch.tensor(colour)).abs() <= 1).all(2).nonzero()
 
 
 def test_a_plane_keeps_the_distances_of_flat_data():
@@ -36,107 +41,154 @@ def test_a_plane_keeps_the_distances_of_flat_data():
     flat = torch.randn(40, 2, generator=rng, dtype=torch.float64)
     basis, _ = torch.linalg.qr(torch.randn(16, 2, generator=rng, dtype=torch.float64))
     points = flat @ basis.T + 7
-    plane = plots.Plane.of(points)
-    assert torch.allclose(torch.pdist(plane.map(points)), torch.pdist(flat))
-    assert sum(plane.shares(points)) == pytest.approx(1)
+    plane = feature_map.Plane.of(points)
+    assert torch.allclose(torch.pdist(plane.project(points)), torch.pdist(flat))
+    assert sum(plane.explained_variance(points)) == pytest.approx(1)
 
 
-def test_a_plane_puts_the_longest_direction_first():
+def test_the_first_direction_of_a_plane_has_the_most_variance():
     points = torch.tensor([[0.0, 3, 0], [0, -3, 0], [1, 0, 0], [-1, 0, 0]])
-    plane = plots.Plane.of(points)
-    assert plane.map(points)[0].tolist() == pytest.approx([3, 0])  # and the sign is fixed: 3, not -3
-    assert plane.map(points)[2].tolist() == pytest.approx([0, 1])
-    assert plane.shares(points) == pytest.approx([0.9, 0.1])  # 2 * 3^2 and 2 * 1^2 of 20
+    plane = feature_map.Plane.of(points)
+    assert plane.project(points)[0].tolist() == pytest.approx([3, 0])  # and the sign is fixed: 3, not -3
+    assert plane.project(points)[2].tolist() == pytest.approx([0, 1])
+    assert plane.explained_variance(points) == pytest.approx([0.9, 0.1])  # 2 * 3^2 and 2 * 1^2 of 20
 
 
-def test_features_have_length_one_and_come_in_order():
+def test_features_have_length_one_and_keep_the_order():
     model = SimpleNamespace(eval=lambda: None, features=lambda x: x)
     batches = [(torch.tensor([[3.0, 4.0]]), None), (torch.tensor([[0.0, -2.0], [5.0, 0.0]]), None)]
     batches += [(torch.tensor([[float("nan"), 2.0], [float("inf"), 0.0]]), None)]
     expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    assert torch.allclose(plots.features_of(model, batches), expected)
+    assert torch.allclose(feature_map.features_of(model, batches), expected)
 
 
-def test_a_change_is_grey_where_there_is_none_and_told_when_it_is_made_stronger():
-    title, picture = plots.change("d", torch.tensor([0.0, 1.0, -1.0, 0.5]))
-    assert (title, picture.tolist()) == ("d", [0.5, 1.0, 0.0, 0.75])
-    title, picture = plots.change("d", torch.tensor([0.0, 0.24, -0.12]))
+def test_a_change_is_mid_grey_where_it_is_zero_and_states_its_amplification():
+    title, pixels = plots.change("d", torch.tensor([0.0, 1.0, -1.0, 0.5]))
+    assert (title, pixels.tolist()) == ("d", [0.5, 1.0, 0.0, 0.75])
+    title, pixels = plots.change("d", torch.tensor([0.0, 0.24, -0.12]))
     assert title == "d, x4"
-    assert picture.tolist() == pytest.approx([0.5, 0.98, 0.26])
+    assert pixels.tolist() == pytest.approx([0.5, 0.98, 0.26])
     assert plots.change("d", torch.zeros(3)) == ("d", pytest.approx(torch.full((3,), 0.5)))
 
 
-def test_a_trigger_is_enlarged_pixel_by_pixel(tmp_path):
-    clean = torch.full((3, 8, 8), 0.2)
+def test_an_overwriting_patch_is_recognised_by_its_constant_pixels():
+    clean = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    triggered = clean.clone()
+    triggered[:, :, 3, 2:] = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.2]])
+    patch = plots.stamped_patch(clean, triggered)
+    assert torch.equal(patch[:, 3, 2:], triggered[0, :, 3, 2:])
+    patch[:, 3, 2:] = 0.5
+    assert (patch == 0.5).all()
+    assert plots.stamped_patch(clean, 0.8 * clean + 0.2 * triggered) is None  # blended
+    assert plots.stamped_patch(clean[:1], triggered[:1]) is None  # one image cannot tell
+    assert plots.stamped_patch(clean, clean) is None
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_trigger_is_enlarged_pixel_by_pixel(tmp_path, count):
+    clean = torch.full((count, 3, 8, 8), 0.2)
     triggered, pattern = clean.clone(), torch.zeros(3, 8, 8)
-    triggered[:, 7, 7] = torch.tensor([1.0, 1.0, 0.0])
+    triggered[:, :, 7, 7] = torch.tensor([1.0, 1.0, 0.0])
     pattern[:, 2, 5] = torch.tensor([0.6, -0.6, 0.2])
-    inverted = Trigger(pattern, 0.95)
+    inverted = InvertedTrigger(pattern, 0.95)
     plots.draw_trigger(tmp_path / "t.png", clean, triggered, inverted)
-    picture = pixels_of(tmp_path / "t.png")
-    boxes = {}
+    pixels = read_pixels(tmp_path / "t.png")
+    corners = {}
     for name, colour in {"true": (255, 255, 0), "stamped": (204, 0, 102), "pattern": (204, 51, 153)}.items():
-        places = places_of(picture, colour)
-        low, high = places.amin(0), places.amax(0) + 1
+        positions = positions_of(pixels, colour)
+        low, high = positions.amin(0), positions.amax(0) + 1
+        if name == "true" and count > 1:  # shown as stamped on the image, under it on grey, and beside that as missed
+            assert len(positions) > 3 * 40 * 40
+            continue
         height, width = (high - low).tolist()
-        assert len(places) == height * width  # one solid block: in one panel, and nothing blurred
+        assert len(positions) == height * width  # one solid block: in one panel, and nothing is blurred
         assert 40 <= height <= 45 and abs(height - width) <= 1  # an eighth of a panel
-        boxes[name] = low
-    assert boxes["stamped"][1] == pytest.approx(boxes["pattern"][1], abs=1)  # one above the other
-    assert boxes["stamped"][0] < boxes["true"][0] < boxes["pattern"][0]
+        corners[name] = low
+    assert corners["stamped"][1] == pytest.approx(corners["pattern"][1], abs=1)  # one above the other
+    if count == 1:
+        assert corners["stamped"][0] < corners["true"][0] < corners["pattern"][0]
 
 
 def test_without_an_inverted_trigger_there_is_one_row(tmp_path):
-    plots.draw_trigger(tmp_path / "t.png", torch.zeros(3, 8, 8), torch.ones(3, 8, 8))
-    height, width, _ = pixels_of(tmp_path / "t.png").shape
-    assert width == pytest.approx(7 * plots.DPI, abs=1)
+    plots.draw_trigger(tmp_path / "t.png", torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))
+    height, width, _ = read_pixels(tmp_path / "t.png").shape
+    assert width == pytest.approx(7 * picture.DPI, abs=1)
     assert height < width / 2
 
 
-def curve(*epochs):
-    return [{"epoch": epoch, **FIGURES} for epoch in epochs]
+def curve(*epochs, **changes):
+    return [{"epoch": epoch, **METRICS, **changes} for epoch in epochs]
 
 
 def test_curves_have_the_colours_of_the_images_they_are_measured_on(tmp_path):
     plots.draw_curves(tmp_path / "c.png", curve(1, 2, 3))
-    picture = pixels_of(tmp_path / "c.png")
+    pixels = read_pixels(tmp_path / "c.png")
     rows = {}
-    for colour in (plots.TRIGGERED, plots.CLEAN):  # the lines are level: a row of the picture is full of them
-        counts = places_of(picture, colour)[:, 0].bincount()
+    for colour in (picture.TRIGGERED, picture.CLEAN):  # the lines are level: a row of the picture is full of them
+        counts = positions_of(pixels, colour)[:, 0].bincount()
         rows[colour] = (counts > 100).nonzero()
-    asr, ra = rows[plots.TRIGGERED].min(), rows[plots.TRIGGERED].max()
-    assert asr < rows[plots.CLEAN].min() < rows[plots.CLEAN].max() < ra  # 99 above 82 and 80, above 1
-    plots.draw_curves(tmp_path / "with start.png", curve(0, 1, 2, 3))
-    assert pixels_of(tmp_path / "with start.png").shape[1] > picture.shape[1]  # room for the panels that look closer
+    asr, ra = rows[picture.TRIGGERED].min(), rows[picture.TRIGGERED].max()
+    assert asr < rows[picture.CLEAN].min() < rows[picture.CLEAN].max() < ra  # 99 above 82 and 80, above 1
+
+
+def test_panels_look_closer_only_at_narrow_ranges(tmp_path):
+    def width(rows):
+        plots.draw_curves(tmp_path / "c.png", rows)
+        return read_pixels(tmp_path / "c.png").shape[1]
+
+    plain = width(curve(1, 2, 3))
+    purified = {"asr": 1.0, "ra": 79.0}
+    assert width(curve(0) + curve(1, 2, 3, **purified)) > plain  # room for the panels
+    wide = [*curve(0), *curve(1, **purified), *curve(2, acc=40.0, asr=60.0)]  # no panel of half the height is closer
+    assert width(wide) == plain
+    assert width(curve(0) + curve(1, **purified)) == plain  # a single point
+    unknown = {"asr": None, "ra": None}
+    assert width([*curve(0, **unknown), *curve(1, 2, **unknown)]) > plain
 
 
 AWKWARD = ["$\\frac{$", "a\nb\x00", "<b>&", "x" * 300, "\u732b", ""]
 
 
-def test_any_class_name_can_be_drawn_and_nothing_is_said_about_it(tmp_path, recwarn):
+def test_any_class_name_can_be_drawn_without_a_warning(tmp_path, recwarn, monkeypatch):
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name.startswith(("DejaVu", "Last Resort"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)  # none has Chinese letters
     accuracies = [float("nan"), 50.0, 60.0, 70.0, 80.0, 90.0]
-    figures = {name: {"acc": 70.0, "per_class": accuracies} for name in ("before", "after")}
-    plots.draw_per_class(tmp_path / "p.png", AWKWARD, figures, 0)
+    metrics = {name: {"acc": 70.0, "per_class": accuracies} for name in ("before", "after")}
+    plots.draw_per_class(tmp_path / "p.png", AWKWARD, metrics, 0)
     assert not recwarn.list
-    picture = pixels_of(tmp_path / "p.png")
-    assert 400 < picture.shape[1] < 1000  # a name of 300 letters has not taken the place
-    assert all(len(places_of(picture, colour)) > 100 for colour in plots.MODELS.values())
-    assert [plots.class_name(name) for name in AWKWARD[:3]] == ["$\\frac{$", "a?b?", "<b>&"]
+    pixels = read_pixels(tmp_path / "p.png")
+    assert 400 < pixels.shape[1] < 1000  # a name of 300 letters has not taken the space
+    assert all(len(positions_of(pixels, colour)) > 100 for colour in picture.MODELS.values())
+    names, _ = plots.class_names(dict(enumerate(AWKWARD)))
+    assert [names[label] for label in (0, 1, 2, 4, 5)] == ["$\\frac{$", "a?b?", "<b>&", "class 4", "class 5"]
+
+
+def test_a_font_that_has_the_letters_is_used(monkeypatch):
+    glyphs = {"Last Resort X": "\u732b\u72ac", "Latin": "abc", "Chinese": "\u732b"}
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name == picture.FONT]
+    has_glyph, fakes = picture._has_glyph, [font_manager.FontEntry(fname=name, name=name) for name in glyphs]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*fonts, *fakes])
+    monkeypatch.setattr(
+        picture, "_has_glyph", lambda path, x: x in glyphs[path] if path in glyphs else has_glyph(path, x)
+    )
+    assert picture.find_fonts("cat") == ([picture.FONT], set())
+    assert picture.find_fonts("a \u732b, a \u72ac") == ([picture.FONT, "Chinese"], {"\u72ac"})
+    assert plots.class_names({3: "\u732b", 7: "\u72ac"})[0] == {3: "\u732b", 7: "class 7"}
 
 
 def test_of_many_classes_those_that_changed_most_are_shown():
     before = torch.full((200,), 90.0)
     after = before - torch.arange(200) / 10
-    shown = plots.classes_to_show(torch.stack([before, after]), target=3)
-    assert shown == [3, *range(151, 200)]
+    labels = plots.classes_to_show(torch.stack([before, after]), target=3)
+    assert labels == [3, *range(151, 200)]
     assert plots.classes_to_show(after[None], target=None) == [*range(150, 200)]  # of one model, the lowest
     assert plots.classes_to_show(torch.ones(2, 10), target=3) == [*range(10)]
 
 
-def test_a_sample_is_spread_over_the_set():
-    assert spread(5, plots.SAMPLE).tolist() == [0, 1, 2, 3, 4]
-    index = spread(10_000, plots.SAMPLE)
-    assert len(index) == plots.SAMPLE
+def test_a_sample_is_evenly_spaced():
+    assert evenly_spaced(5, plots.SAMPLE_SIZE).tolist() == [0, 1, 2, 3, 4]
+    index = evenly_spaced(10_000, plots.SAMPLE_SIZE)
+    assert len(index) == plots.SAMPLE_SIZE
     assert set((index[1:] - index[:-1]).tolist()) == {14, 15}
 
 
@@ -147,49 +199,92 @@ def lightness(colour):
 
 
 @pytest.mark.parametrize(
-    "group", [list(plots.MODELS.values()), [plots.CLEAN, plots.TARGET, plots.TRIGGERED]], ids=["models", "images"]
+    "group",
+    [list(picture.MODELS.values()), [picture.CLEAN, picture.TARGET, picture.TRIGGERED]],
+    ids=["models", "images"],
 )
-def test_colours_of_one_group_differ_in_lightness(group):
+def test_colours_of_a_group_differ_in_lightness(group):
     assert min(abs(lightness(a) - lightness(b)) for a, b in itertools.combinations(group, 2)) > 10
 
 
 @pytest.fixture
 def run():
-    """What draw_run takes, for a small untrained victim: (classes, sample, attack, models, figures)."""
+    """Arguments of draw_run for a small untrained victim: classes, sample, attack, models, metrics."""
     attack = Attack("gridTrigger", "all2all", 0, 3, 0.1)
     images = torch.randint(256, (12, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sample = get_eval_set(images, torch.arange(12) % 3, attack, torch.device("cpu"))
-    figures = {"before": {**FIGURES, "per_class": [70.0, 80.0, 90.0]}}
-    return ["a", "b", "c"], sample, attack, {"before": select_model("WRN-10-1", 3)}, figures
+    metrics = {"before": {**METRICS, "per_class": [70.0, 80.0, 90.0]}}
+    return ["a", "b", "c"], sample, attack, {"before": select_model("WRN-10-1", 3)}, metrics
 
 
-def test_what_applies_is_drawn_and_an_earlier_curve_does_not_stay(tmp_path, run):
-    names = [name for name, _ in plots.draw_run(tmp_path, *run, curve(0, 1))]
+def test_what_applies_is_drawn_and_curves_of_an_earlier_run_are_removed(tmp_path, run):
+    pictures = plots.draw_run(tmp_path, *run, curve(0, 1))
+    names = [name for name, *_ in pictures]
     assert names == ["trigger.png", "features.png", "curves.png", "per_class.png"]
     assert {path.name for path in tmp_path.iterdir()} == set(names)
-    assert all(min(pixels_of(tmp_path / name).shape[:2]) > 150 for name in names)
-    unwatched = [{"epoch": 0}, {"epoch": 1, "loss": 1.0}]
-    *_, (missing, reason) = plots.draw_run(tmp_path, *run, unwatched)
-    assert missing is None and "--print_freq" in reason
+    assert all(min(read_pixels(tmp_path / name).shape[:2]) > 150 for name in names)
+    alts = {name: alt for name, _, alt in pictures}
+    assert all(len(alt) > 40 and ".png" not in alt for alt in alts.values())
+    assert "ASR 99.00 percent" in alts["features.png"] and "70.00 to 90.00" in alts["per_class.png"]
+    unmeasured = [{"epoch": 0}, {"epoch": 1, "loss": 1.0}]
+    *_, missing = plots.draw_run(tmp_path, *run, unmeasured)
+    assert missing.name is None and "--print_freq" in missing.caption
     assert not (tmp_path / "curves.png").exists()
-    assert None not in dict(plots.draw_run(tmp_path, *run, []))  # nothing trained: nothing missed
+    assert all(name for name, *_ in plots.draw_run(tmp_path, *run, []))  # nothing was trained: nothing is missing
 
 
-def test_the_map_has_a_panel_more_for_the_second_model(tmp_path):
+def save_run(folder, run, history, **metrics):
+    classes, sample, attack, models, by_model = run
+    metrics = {"model": "m.tar", "defense": "none", "before": by_model["before"], "after": None} | metrics
+    arguments = {"classes": classes, "sample": sample, "attack": attack, "models": models, "history": history}
+    options = {"dataset": "shapes", "seed": 3, "lr": 0.1}
+    return save.save_results(
+        str(folder), "title", metrics, **arguments, options=options, device=torch.device("cpu"), clock=Stopwatch()
+    )
+
+
+def test_a_run_is_saved_with_its_metadata(tmp_path, run):
+    run[4]["before"]["floor"] = 2.0
+    metrics = save_run(tmp_path, run, curve(0, 1, 2), extra="x")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert (metrics["dataset"], metrics["seed"], metrics["device"], metrics["extra"]) == ("shapes", 3, "cpu", "x")
+    assert (metrics["target_label"], metrics["config"]["lr"]) == (None, 0.1)
+    assert metrics["seconds"]["report"] == metrics["seconds"]["total"] > 0
+    with open(tmp_path / "history.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    assert "The model is backdoored" in (tmp_path / "report.html").read_text()
+    save_run(tmp_path, run, [])
+    assert not (tmp_path / "history.csv").exists()
+
+
+def test_metrics_json_is_written_last(tmp_path, run, monkeypatch):
+    run[4]["before"]["floor"] = 2.0
+    save_run(tmp_path, run, [])
+
+    def fail(*_):
+        raise RunError("disk full")
+
+    monkeypatch.setattr(save, "write_page", fail)
+    with pytest.raises(RunError):
+        save_run(tmp_path, run, [])
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_the_feature_map_has_more_panels_for_two_models(tmp_path):
     rng = torch.Generator().manual_seed(0)
-    features = {name: (torch.randn(30, 4, generator=rng), torch.randn(20, 4, generator=rng)) for name in plots.MODELS}
-    figures = {name: FIGURES for name in plots.MODELS}
-    of_target = torch.arange(30) < 10
-    plots.draw_features(tmp_path / "two.png", features, of_target, figures)
+    features = {name: (torch.randn(30, 4, generator=rng), torch.randn(20, 4, generator=rng)) for name in picture.MODELS}
+    metrics = {name: METRICS for name in picture.MODELS}
+    is_target = torch.arange(30) < 10
+    feature_map.draw_features(tmp_path / "two.png", features, is_target, metrics)
     del features["after"]
-    plots.draw_features(tmp_path / "one.png", features, of_target, figures)
-    two, one = pixels_of(tmp_path / "two.png"), pixels_of(tmp_path / "one.png")
+    feature_map.draw_features(tmp_path / "one.png", features, is_target, metrics)
+    two, one = read_pixels(tmp_path / "two.png"), read_pixels(tmp_path / "one.png")
     assert two.shape[1] > 2 * one.shape[1]
-    assert len(places_of(one, plots.TARGET)) > 0
+    assert len(positions_of(one, picture.TARGET)) > 0
 
 
-def test_a_model_whose_features_are_all_alike_has_a_map_too(tmp_path, recwarn):
+def test_identical_features_have_a_map_too(tmp_path, recwarn):
     features = {"before": (torch.ones(9, 4), torch.ones(5, 4))}
-    plots.draw_features(tmp_path / "f.png", features, torch.zeros(9, dtype=torch.bool), {"before": FIGURES})
+    feature_map.draw_features(tmp_path / "f.png", features, torch.zeros(9, dtype=torch.bool), {"before": METRICS})
     assert not recwarn.list
-    assert len(places_of(pixels_of(tmp_path / "f.png"), plots.TRIGGERED)) > 0
+    assert len(positions_of(read_pixels(tmp_path / "f.png"), picture.TRIGGERED)) > 0

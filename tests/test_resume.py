@@ -1,4 +1,4 @@
-"""Resuming: a training that was killed, at any moment and any number of times, ends as one that was left alone."""
+"""Resuming: a training killed at any moment, any number of times, ends with the results of an uninterrupted one."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FACTS, ROOT
+from conftest import METADATA, ROOT
 from PIL import Image
 
 import train_badnet
@@ -22,22 +22,22 @@ from models import select_model
 from utils import shapes
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError, run_script
-from utils.files import write_file, write_json
-from utils.resume import Resumable
+from utils.files import sha256_of, write_file, write_json
+from utils.resume import Resumable, finished_run
+from utils.safe_load import safe_load
 from utils.seed import generator
 from utils.training import SCHEDULES, train
-from utils.untrusted import read_untrusted
 
 EPOCHS = 12
-WORDS = f"--dataset shapes --arch WRN-10-1 --device cpu --epochs {EPOCHS} --batch_size 32 --lr 0.1 --name run".split()
+OPTIONS = f"--dataset shapes --arch WRN-10-1 --device cpu --epochs {EPOCHS} --batch_size 32 --lr 0.1 --name run".split()
 
 
-def train_in(folder, *words):
-    """What a process of the kill test does: the script, on few pictures."""
+def train_in(folder, *options):
+    """Run train_badnet.py on 320 images; the body of a process of the kill test."""
     os.chdir(folder)
     torch.set_num_threads(1)
     shapes.COUNTS.update(train=320, test=100)
-    sys.argv = ["train_badnet.py", *WORDS, *words]
+    sys.argv = ["train_badnet.py", *OPTIONS, *options]
     with open("out.txt", "a", buffering=1) as out:
         sys.stdout = sys.stderr = out
         run_script(train_badnet.main, "")
@@ -45,25 +45,25 @@ def train_in(folder, *words):
 
 @pytest.fixture(scope="module")
 def started():
-    """Start that process from a server that has imported torch once, so that its time is training time."""
+    """Start that process from a fork server that has imported torch, so that its time is training time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_badnet", "test_resume"])
 
-    def start(folder, *words):
-        process = context.Process(target=train_in, args=(folder, *words))
+    def start(folder, *options):
+        process = context.Process(target=train_in, args=(folder, *options))
         process.start()
         return process
 
     return start
 
 
-def ended(process):
+def exit_code_of(process):
     process.join()
     return process.exitcode
 
 
 def check_every_file(folder):
-    """Whatever lies in weight/ and results/ is whole, but for what is marked as half."""
+    """Every file in weight/ and results/ is complete, except temporary ones."""
     for path in [p for p in folder.rglob("*") if p.is_file() and p.parent != folder and p.suffix != ".part"]:
         if path.suffix in (".tar", ".pt"):
             assert torch.load(path, weights_only=True)["state_dict"]
@@ -78,69 +78,70 @@ def check_every_file(folder):
 
 
 def results_of(folder):
+    """State_dict, metrics and history of the finished run."""
     checkpoint = torch.load(folder / "weight" / "shapes" / "run.pth.tar", weights_only=True)
     rows = list(csv.DictReader((folder / "results" / "run" / "history.csv").open()))
     return checkpoint["state_dict"], checkpoint["metrics"], [{**row, "seconds": None} for row in rows]
 
 
-def test_twenty_kills_leave_the_weights_of_a_run_left_alone(started, tmp_path):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    for folder in (alone, killed):
+def test_twenty_kills_do_not_change_the_results(started, tmp_path):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    for folder in (uninterrupted, killed):
         folder.mkdir()
-    for _ in range(2):  # the first one waits for the server as well
-        began = time.monotonic()
-        assert ended(started(alone)) == 0, (alone / "out.txt").read_text()
-        whole = time.monotonic() - began
-    moments, kills = random.Random(0), 0
+    for _ in range(2):  # the time of the first run includes the start of the server
+        start = time.monotonic()
+        assert exit_code_of(started(uninterrupted)) == 0, (uninterrupted / "out.txt").read_text()
+        seconds = time.monotonic() - start
+    rng, kills = random.Random(0), 0
     while kills < 20:
         process = started(killed, "--resume")
-        process.join(moments.uniform(0, whole / 5))
+        process.join(rng.uniform(0, seconds / 5))
         if process.is_alive():
             kills += 1
             process.kill()
             process.join()
             check_every_file(killed)
-        else:  # too late for the rest of the kills: they are for the next run
+        else:  # the run finished before the last kill: start over
             assert process.exitcode == 0, (killed / "out.txt").read_text()
-            check_same(killed, alone)
+            check_same(killed, uninterrupted)
             shutil.rmtree(killed / "results")
             shutil.rmtree(killed / "weight")
-    assert ended(started(killed, "--resume")) == 0, (killed / "out.txt").read_text()
-    assert (killed / "out.txt").read_text().count("going on from") >= 5
+    assert exit_code_of(started(killed, "--resume")) == 0, (killed / "out.txt").read_text()
+    assert (killed / "out.txt").read_text().count("resuming from") >= 5
     check_every_file(killed)
-    check_same(killed, alone)
+    check_same(killed, uninterrupted)
 
 
-def check_same(folder, other):
-    (weights, *figures), (expected, *others) = results_of(folder), results_of(other)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert figures == others
+def check_same(folder, expected_folder):
+    (weights, *metrics), (expected_weights, *expected_metrics) = results_of(folder), results_of(expected_folder)
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    assert metrics == expected_metrics
     assert not list(folder.rglob("*.part")) + list(folder.rglob("resume.pt"))
 
 
-def write_half(path):
-    def half_then_die(file):
-        file.write(b"half")
+def die_while_writing(path):
+    def write_and_die(file):
+        file.write(b"part")
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write_file(path, half_then_die)
+    write_file(path, write_and_die)
 
 
-def test_a_kill_within_a_write_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path):
+def test_a_kill_during_a_write_keeps_the_old_file_and_the_next_write_cleans_up(tmp_path):
     path = tmp_path / "a.json"
     write_json(str(path), {"a": 1})
-    process = multiprocessing.get_context("forkserver").Process(target=write_half, args=(str(path),))
+    process = multiprocessing.get_context("forkserver").Process(target=die_while_writing, args=(str(path),))
     process.start()
-    assert ended(process) == -signal.SIGKILL
+    assert exit_code_of(process) == -signal.SIGKILL
     assert json.loads(path.read_text()) == {"a": 1}
     assert len(list(tmp_path.iterdir())) == 2
     write_json(str(path), {"a": 2})
     assert list(tmp_path.iterdir()) == [path]
 
 
-def small_training(schedule, ema, epochs=4, **resuming):
-    """A training that draws from every generator there is: order, crops, dropout."""
+def small_training(schedule, ema, epochs=4, resume=None, save=lambda network, state: None):
+    """Train on 24 images, drawing from every generator: order, crops, flips, dropout. Returns weights and losses."""
     torch.manual_seed(0)
     images = torch.randint(256, (24, 6, 6, 3), dtype=torch.uint8)
     network = torch.nn.Sequential(
@@ -148,13 +149,12 @@ def small_training(schedule, ema, epochs=4, **resuming):
     )
     data = TensorImages(images, torch.arange(24) % 4)
     batches = Batches(data, 8, "cpu", shuffle=True, padding=1, rng=generator(0, "batches"))
-    if "resume" in resuming:
-        network.load_state_dict(resuming["resume"]["network"])
-    save = resuming.get("save", lambda network, state: None)
+    if resume:
+        network.load_state_dict(resume["network"])
     history = train(
         network, batches, lambda x, y: F.cross_entropy(network(x), y), torch.device("cpu"), epochs=epochs, lr=0.1,
         momentum=0.9, weight_decay=1e-3, schedule=schedule, precision="fp32", title="test", ema=ema,
-        generators=[batches.rng], resume=resuming.get("resume"), save=lambda state: save(network, state),
+        generators=[batches.rng], resume=resume, save=lambda state: save(network, state),
     )  # fmt: skip
     return network.state_dict(), [row["loss"] for row in history]
 
@@ -162,7 +162,7 @@ def small_training(schedule, ema, epochs=4, **resuming):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("ema", [0, 0.9])
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_training_resumed_from_a_file_ends_as_one_that_never_stopped(tmp_path, schedule, ema, stop):
+def test_a_training_resumed_from_a_file_equals_an_uninterrupted_one(tmp_path, schedule, ema, stop):
     path = tmp_path / "state.pt"
 
     def save_and_stop(network, state):
@@ -172,31 +172,31 @@ def test_a_training_resumed_from_a_file_ends_as_one_that_never_stopped(tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         small_training(schedule, ema, save=save_and_stop)
-    weights, losses = small_training(schedule, ema, resume=read_untrusted(path))
-    expected, whole = small_training(schedule, ema)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert losses == whole
+    weights, losses = small_training(schedule, ema, resume=safe_load(path))
+    expected_weights, expected_losses = small_training(schedule, ema)
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    assert losses == expected_losses
 
 
 def test_the_state_of_another_training_is_refused():
     states = []
     small_training("cosine", 0, save=lambda network, state: states.append({"network": network.state_dict(), **state}))
     for change in ({"history": 3}, {"generators": []}, {"optimizer": {}}):
-        with pytest.raises(UserError, match="not of such a training"):
+        with pytest.raises(UserError, match="belongs to another training"):
             small_training("cosine", 0, resume=states[0] | change)
-    with pytest.raises(UserError, match="more than the 2 asked for"):
+    with pytest.raises(UserError, match="has 4 epochs, more than --epochs 2"):
         small_training("cosine", 0, epochs=2, resume=states[-1])
 
 
-def test_which_state_a_run_goes_on_from(tmp_path, capsys):
+def test_a_run_resumes_from_its_own_state_only(tmp_path, capsys):
     options, poisoned, model = {"lr": 0.1, "seed": 1, "name": "a"}, torch.arange(3), select_model("WRN-10-1", 4)
     folder = str(tmp_path)
     assert Resumable(folder, options, True).read(poisoned) is None
-    assert "starting at the beginning" in capsys.readouterr().out
-    Resumable(folder, options, False).save(model, {"history": []}, poisoned, **FACTS)
+    assert "starting from epoch 1" in capsys.readouterr().out
+    Resumable(folder, options, False).save(model, {"history": []}, poisoned, **METADATA)
     assert Resumable(folder, {**options, "name": "b"}, True).read(poisoned)["training"] == {"history": []}
     assert Resumable(folder, options, False).read(poisoned) is None
-    assert "--resume goes on" in capsys.readouterr().out
+    assert "--resume continues that run" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"a run with --lr 0.1 \(not 0.2\), --seed 1 \(not 2\)"):
         Resumable(folder, {"lr": 0.2, "seed": 2}, True).read(poisoned)
     with pytest.raises(UserError, match="other data"):
@@ -212,15 +212,39 @@ def test_which_state_a_run_goes_on_from(tmp_path, capsys):
         Resumable(folder, {**options, "lr": 0.2}, True).finished()
 
 
-def test_a_loss_that_is_no_number_from_the_start_keeps_nothing_and_says_so(started, tmp_path):
-    assert ended(started(tmp_path, "--lr", "1e30")) == 1
-    assert "no longer finite in epoch 1; lower --lr; no weights are kept yet" in (tmp_path / "out.txt").read_text()
+def test_the_recovery_hint_names_the_weights_once_they_are_saved(tmp_path):
+    run = Resumable(str(tmp_path), {}, False)
+    assert run.recovery_hint == "no weights have been saved yet"
+    run.save(select_model("WRN-10-1", 4), {"history": []}, torch.arange(3), **METADATA)
+    assert run.path in run.recovery_hint
+    run.end()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_recognised_by_the_options_that_it_used(tmp_path):
+    model = tmp_path / "model.tar"
+    model.write_bytes(b"weights")
+    options = {"lr": 0.1, "model": str(model), "num_class": None, "normalize": ((0.5,) * 3, (0.2,) * 3), "name": "a"}
+    config = options | {"num_class": 10, "model": "another path to the same file", "name": "b"}
+    metrics = {"model_sha256": sha256_of(str(model)), "before": {}, "config": config}
+    write_json(str(tmp_path / "metrics.json"), metrics)
+    assert finished_run(str(tmp_path), options, str(model))["before"] == {}
+    assert finished_run(str(tmp_path), {**options, "num_class": 10}, str(model))
+    for change in ({"num_class": 12}, {"lr": 0.2}, {"normalize": ((0.5,) * 3, (0.3,) * 3)}, {"trig_w": 3}):
+        assert finished_run(str(tmp_path), options | change, str(model)) is None
+
+
+def test_a_loss_that_is_not_finite_in_epoch_1_leaves_no_weights_and_says_so(started, tmp_path):
+    assert exit_code_of(started(tmp_path, "--lr", "1e30")) == 1
+    assert (
+        "no longer finite in epoch 1; lower --lr; no weights have been saved yet" in (tmp_path / "out.txt").read_text()
+    )
     assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, interrupted):
-    command = f"python {ROOT / 'train_badnet.py'} {' '.join(WORDS)} --resume"
-    assert interrupted("train_badnet.py", *WORDS, when="poisoned", cwd=tmp_path) == (
+def test_ctrl_c_prints_the_command_to_resume(tmp_path, interrupted):
+    command = f"python {ROOT / 'train_badnet.py'} {' '.join(OPTIONS)} --resume"
+    assert interrupted("train_badnet.py", *OPTIONS, when="poisoned", cwd=tmp_path) == (
         130,
-        f"error: stopped; go on with: {command}\n",
+        f"error: stopped; continue with: {command}\n",
     )

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from defenses import DEFENSES
+from defenses import DEFENSE_FUNCTIONS
+from utils.reporting.tables import verdict
 
 # A trigger of 25 pixels and a fifth of the images poisoned: small enough a training for a test, and still a backdoor.
 VICTIM = (
@@ -73,9 +74,12 @@ def test_purification_removes_the_backdoor_and_keeps_the_accuracy(folder, purifi
     assert len(after["per_class"]) == 10
     assert metrics["target_label"] == 5
     assert (metrics["detected_label"], metrics["worked_against"]) == (5, 5)
-    assert {found["label"] for found in metrics["search"] if found["flagged"]} in ({5}, {5, "any"})
+    assert {score["label"] for score in metrics["search"] if score["flagged"]} in ({5}, {5, "any"})
     assert "a backdoor to label 5 is suspected" in purified.stdout
     assert metrics["trigger"]["hit_rate"] >= 90
+    assert purified.stdout.splitlines()[-1] == verdict(metrics)
+    used = {"arch": "WRN-10-1", "num_class": 10, "trigger_type": "squareTrigger", "trig_w": 5, "target_label": 5}
+    assert {name: metrics["config"][name] for name in used} == used  # as the checkpoint states them
     parts = {"data", "finetune", "detect", "inversion", "purify", "evaluate", "report", "total"}
     assert set(metrics["seconds"]) == parts
     assert metrics["seconds"]["detect"] < 3 * metrics["seconds"]["inversion"]
@@ -91,7 +95,7 @@ def test_purification_removes_the_backdoor_and_keeps_the_accuracy(folder, purifi
     assert (folder / "results" / "first" / "report.html").read_text().count("<img ") == len(pictures)
 
 
-def test_a_run_that_watches_nothing_has_no_curves_and_says_so(folder, victim):
+def test_a_run_without_measurements_has_no_curves_and_says_so(folder, victim):
     results = folder / "results" / "victim"
     assert not (results / "curves.png").exists()
     assert "There are no curves" in (results / "report.html").read_text()
@@ -122,7 +126,7 @@ def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
-def test_a_model_without_a_backdoor_is_left_alone(script, folder, clean):
+def test_a_clean_model_is_left_unchanged(script, folder, clean):
     words = (*DEFENSE, *places(folder), "--model", clean[-1], "--batch_size", 32)
     done = script("main.py", *words, "--name", "left")
     assert done.returncode == 0, done.stderr
@@ -139,20 +143,21 @@ def test_a_comparison_runs_every_defense(script, folder, victim):
     words += ("--epochs", 1, "--finetune_epochs", 1, "--inversion_rounds", 1, "--print_freq", 0, "--ratio", 0.05)
     done = script("main.py", *words)
     assert done.returncode == 0, done.stderr
-    assert [row["defense"] for row in without_seconds(folder, "table")] == list(DEFENSES)
+    assert [row["defense"] for row in without_seconds(folder, "table")] == list(DEFENSE_FUNCTIONS)
     assert {"comparison.md", "comparison.png"} <= set(os.listdir(folder / "results" / "table"))
 
 
 def test_a_comparison_interrupted_and_resumed_ends_as_one_left_alone(script, folder, victim, clean, interrupted):
     words = [*DEFENSE, *places(folder), "--model", victim, clean[-1], "--defense", "ft", "--epochs", 2, "--name"]
     assert script("main.py", *words, "alone").returncode == 0
-    exit_code, told = interrupted("main.py", *words, "stopped", when="clean, ft")
+    exit_code, error = interrupted("main.py", *words, "stopped", when="clean, ft")
     command = shlex.join(["python", str(ROOT / "main.py"), *map(str, words), "stopped", "--resume"])
-    assert (exit_code, told) == (130, f"error: stopped; the runs that ended are kept; go on with: {command}\n")
+    assert (exit_code, error) == (130, f"error: stopped; finished runs are kept; continue with: {command}\n")
     again = script("main.py", *words, "stopped", "--resume")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("(finished before)") == 1
     assert without_seconds(folder, "stopped") == without_seconds(folder, "alone")
+    assert metrics_of(folder, "stopped/victim-ft")["config"]["trigger_type"] == "squareTrigger"
 
 
 def test_the_published_recipe_is_reachable(script, folder, victim):
@@ -164,13 +169,13 @@ def test_the_published_recipe_is_reachable(script, folder, victim):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "error"),
     [
-        (("--model", "nowhere.tar"), 2, "there is no checkpoint at nowhere.tar"),
+        (("--model", "nowhere.tar"), 2, "no checkpoint at nowhere.tar"),
         (("--target_label", 3), 2, "states its attack"),
         (("--target", 10), 2, "--target 10 is not one of the labels 0..9"),
         (("--batch_size", 5000), 2, "fewer than one batch of 5000"),
-        (("--num_class", 3), 2, "--num_class 3 is too few"),
+        (("--num_class", 3), 2, "--num_class 3 is too small"),
         (
             ("--target", 5, "--inversion_steps", 1, "--inversion_batches", 1),
             1,
@@ -178,13 +183,28 @@ def test_the_published_recipe_is_reachable(script, folder, victim):
         ),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_line_and_writes_nothing(script, folder, victim, words, code, told):
+def test_a_run_that_fails_is_one_line_and_leaves_nothing(script, folder, victim, words, code, error):
     model = () if "--model" in words else ("--model", victim)
     done = script("main.py", *DEFENSE, *places(folder), "--name", "bad", *model, *words)
     assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
-    assert told in done.stderr
+    assert error in done.stderr
     assert not (folder / "weight" / "bad.tar").exists()
-    assert not (folder / "results" / "bad" / "metrics.json").exists()
+    assert not (folder / "results" / "bad").exists()
+
+
+def test_a_rerun_announces_what_it_replaces(script, folder, victim):
+    words = ("--dataset", "shapes", "--device", "cpu", "--defense", "none", *places(folder), "--model", victim)
+    outputs = [script("main.py", *words, "--name", "twice").stdout for _ in range(2)]
+    assert ["holds an earlier run, which this one replaces" in output for output in outputs] == [False, True]
+    assert outputs[0].splitlines()[-1].startswith("The model is backdoored: ASR ")
+
+
+@pytest.mark.parametrize("name", ["main.py", "train_badnet.py"])
+def test_help_opens_with_the_purpose_and_examples(script, name):
+    lines = script(name, "--help").stdout.splitlines()
+    assert lines[0] == (ROOT / name).read_text().splitlines()[0].strip('"')
+    options = next(i for i, line in enumerate(lines) if line.startswith("options:"))
+    assert sum(f"python {name}" in line for line in lines[:options]) >= 3
 
 
 @pytest.fixture(scope="session")
@@ -212,15 +232,15 @@ def test_a_missing_clean_model_says_how_to_train_one(script, tmp_path):
     assert "train one: python train_badnet.py --dataset shapes --inject_portion 0" in done.stderr
 
 
-def test_the_sheet_has_a_row_for_each_attack(script, folder, clean):
-    done = script("-m", "attacks", "--dataset", "shapes", "--surrogate", clean[-1], "--out", folder / "a.png")
+def test_the_attack_sheet_has_a_row_for_each_trigger(script, folder, clean):
+    done = script("-m", "docs.draw_attacks", "--dataset", "shapes", "--surrogate", clean[-1], "--out", folder / "a.png")
     assert done.returncode == 0, done.stderr
     assert "10 attacks" in done.stdout
     assert (folder / "a.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("shipped", ["CIFAR10", "shapes"])
-def test_a_shipped_victim_measures_what_its_file_says(script, tmp_path, shipped, request):
+def test_a_shipped_victim_measures_what_its_checkpoint_states(script, tmp_path, shipped, request):
     if shipped == "CIFAR10":
         os.environ["MCL_DATA_ROOT"] = request.getfixturevalue("cifar_root")
     done = script(

@@ -1,53 +1,53 @@
-"""Errors that end a run with one line: exit code 2 for what the user gave, 1 for what failed underway."""
+"""Errors that end a script with one line on stderr: exit code 2 for invalid input, 1 for a failure while running."""
 
 import difflib
 import sys
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message names it and the way out."""
+    """Invalid input; the message says what is wrong and what to type."""
 
     exit_code = 2
 
 
 class RunError(Exception):
-    """Something failed while running; the message says what, and what is left."""
+    """A failure while running; the message says what failed and what is left."""
 
     exit_code = 1
 
 
-def run_script(main, stopped: str = "files written so far are whole"):
-    """Call `main` and leave with its exit code, telling an error of the kinds above in one line on stderr.
+def run_script(main, interrupted_hint: str = "files written so far are complete"):
+    """Run `main`; a UserError, a RunError, Ctrl-C or a lack of memory ends the process with one line, no traceback.
 
     Args:
-        stopped: what to say when the user interrupts it: what is left, and how to go on; a KeyboardInterrupt that says
-            it itself goes before.
+        interrupted_hint: printed after Ctrl-C: what is left and how to resume. If the KeyboardInterrupt has a text,
+            that text is printed instead.
     """
     try:
         main()
     except (UserError, RunError) as error:
-        sys.exit(_told(error, error.exit_code))
+        sys.exit(_print_error(error, error.exit_code))
     except KeyboardInterrupt as interrupt:
-        sys.exit(_told(f"stopped; {str(interrupt) or stopped}", 130))
+        sys.exit(_print_error(f"stopped; {str(interrupt) or interrupted_hint}", 130))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        sys.exit(_told("out of memory; lower --batch_size", 1))
+        sys.exit(_print_error("out of memory; lower --batch_size", 1))
 
 
-def nearest(word: str, known) -> str:
-    """ "; did you mean X?" with the known name that is closest to a wrong one, or nothing."""
+def did_you_mean(word: str, known) -> str:
+    """Return "; did you mean X?" with the known name closest to a misspelled one, or "" if none is close."""
     names = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(word.lower(), names, 1)
-    return f"; did you mean {names[found[0]]}?" if found else ""
+    matches = difflib.get_close_matches(word.lower(), names, 1)
+    return f"; did you mean {names[matches[0]]}?" if matches else ""
 
 
 def _is_out_of_memory(error):
-    """Python, CUDA and the CPU's allocator each have their own words for it."""
-    told = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in told or "allocate memory" in told
+    """Python raises MemoryError; CUDA and the CPU allocator raise a RuntimeError, each with its own text."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message
 
 
-def _told(message, exit_code):
+def _print_error(message, exit_code):
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     return exit_code

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their final name, then moved into place."""
+"""Atomic file writes: a file is written under a temporary name beside its final one, then moved into place."""
 
 import csv
 import hashlib
@@ -12,42 +12,42 @@ from utils.errors import RunError, UserError
 
 
 def write_file(path: str, write) -> None:
-    """Call write(file) on a binary file that becomes `path`, making its folder.
+    """Call write(file) on a binary file that becomes `path`; missing folders are created.
 
-    A kill at any moment leaves the old file or the new one, never half of one; what it leaves of the new one,
-    .<name>.part, the next write of the same file replaces.
+    A process killed at any moment leaves the old file or the new one, never a partial one. It may also leave the
+    temporary file .<name>.part, which the next write of the same file replaces.
 
     Raises:
         RunError: the folder or the file cannot be written.
     """
     folder, name = os.path.split(path)
-    beside = os.path.join(folder, f".{name}.part")
+    temporary = os.path.join(folder, f".{name}.part")
     try:
         os.makedirs(folder or ".", exist_ok=True)
         try:
-            with open(beside, "wb") as file:
+            with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
         finally:
-            if os.path.exists(beside):
-                os.unlink(beside)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def digest_file(path: str) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+def sha256_of(path: str) -> str:
+    """The SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_file(path: str) -> None:
-    """Remove a file, if it is there.
+    """Remove a file if it exists.
 
     Raises:
-        RunError: it is, and cannot be removed.
+        RunError: it exists and cannot be removed.
     """
     try:
         os.unlink(path)
@@ -57,38 +57,39 @@ def remove_file(path: str) -> None:
         raise RunError(f"cannot remove {path}: {error.strerror or error}") from None
 
 
-def check_folder(path: str, *files: str) -> None:
-    """Make the folder and try it, so that hours of work do not end at a file that cannot be written.
+def check_writable(folder: str, *files: str) -> None:
+    """Check before a long run that its results can be written; nothing is created.
 
     Args:
-        files: names that are going to be written there.
+        folder: need not exist; its nearest existing parent must then be a writable folder.
+        files: names of the files that will be written there.
 
     Raises:
-        UserError: it cannot be made or written, or one of the files is a folder.
+        UserError: the folder cannot be created or written, or one of the files is a folder.
     """
     for name in files:
-        if os.path.isdir(os.path.join(path, name)):
-            raise UserError(f"cannot write {os.path.join(path, name)}: it is a folder")
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            raise UserError(f"cannot write {path}: it is a folder; remove it or choose another --name")
     try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        with tempfile.TemporaryFile(dir=_nearest_existing(os.path.abspath(folder))):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
 def write_json(path: str, content: dict) -> None:
-    """Write `content` as indented JSON; what is no finite number, as a figure of no images, is null."""
-    write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+    """Write `content` as indented JSON; nan and infinity (a percentage of no images, for one) become null."""
+    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a text file."""
+    """Write a text file in UTF-8."""
     write_file(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
-    """Write rows as CSV with one header: the columns of all rows, in the order they first appear."""
+    """Write rows as CSV; the header is the union of their keys, in order of first appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -97,10 +98,18 @@ def write_csv(path: str, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
-def _plain(content):
-    """JSON has no word for nan and infinity."""
+def _nearest_existing(path):
+    try:
+        os.lstat(path)  # a broken link exists: it stands where the folder would be created
+    except FileNotFoundError:
+        return _nearest_existing(os.path.dirname(path))
+    return path
+
+
+def _without_nan(content):
+    """JSON cannot represent nan and infinity."""
     if isinstance(content, dict):
-        return {name: _plain(value) for name, value in content.items()}
+        return {name: _without_nan(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
+        return [_without_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content

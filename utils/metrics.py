@@ -1,11 +1,11 @@
-"""Predictions, and the metrics on top of them. Every figure states its denominator and is in percent, 0..100."""
+"""Predictions and the metrics computed from them, all in percent, 0..100."""
 
 import torch
 
 
 @torch.inference_mode()
 def predict(model, batches) -> torch.Tensor:
-    """The predicted label of every image, (N,) int64 on the CPU, in the order of `batches` ((images, ...) tuples)."""
+    """Predicted labels, (N,) int64 on the CPU, for `batches` of (images, ...); leaves the model in eval mode."""
     model.eval()
     predicted = []
     for images, *_ in batches:
@@ -14,60 +14,61 @@ def predict(model, batches) -> torch.Tensor:
 
 
 def percent(mask: torch.Tensor) -> float:
-    """The share of True in a (N,) mask, in percent; an empty mask has none (nan)."""
+    """The percentage of True in a (N,) mask; nan for an empty one."""
     return 100.0 * mask.double().mean().item()
 
 
-def accuracy_figures(clean: torch.Tensor, triggered: torch.Tensor, labels: torch.Tensor, attack) -> dict:
+def compute_metrics(clean: torch.Tensor, triggered: torch.Tensor, labels: torch.Tensor, attack) -> dict:
     """The metrics of the backdoor literature (NAD, MCL) for one model.
 
     Args:
         clean: (N,) predictions on the clean test images.
-        triggered: (M,) predictions on the triggered ones, in the same order, where `attack.counts(labels)`.
+        triggered: (M,) predictions on the triggered images, in the same order: those with `attack.attackable(labels)`.
         labels: (N,) true labels.
-        attack: says which images count and which label the attacker wants.
+        attack: gives the attackable images and their attack labels.
 
     Returns:
-        acc: share of all N clean images that are right.
-        acc_published: the same over the images whose label is not the target (MCL's table; all images for all2all).
-        asr: share of the M triggered images predicted as the attacker wants.
-        ra: share of the M triggered images predicted as their true label (recovery accuracy).
-        floor: share of the same M images, clean, predicted as the attacker wants: the ASR of a model with no backdoor.
-        per_class: accuracy of each class, list of K.
+        acc: accuracy on all N clean images.
+        acc_published: accuracy on the clean images outside the target class (MCL's table; all images for all2all).
+        asr: percentage of the M triggered images predicted as their attack label.
+        ra: percentage of the M triggered images predicted as their true label (recovery accuracy).
+        floor: percentage of the same M images predicted as their attack label without the trigger: the ASR of a model
+            without a backdoor.
+        per_class: accuracy on the clean images of each class, list of K.
     """
-    counted = attack.counts(labels)
-    true, wanted = labels[counted], attack.wanted(labels)[counted]
-    right = clean == labels
+    attackable = attack.attackable(labels)
+    true_labels, attack_labels = labels[attackable], attack.attack_labels(labels)[attackable]
+    correct = clean == labels
     return {
-        "acc": percent(right),
-        "acc_published": percent(right[counted]),
-        "asr": percent(triggered == wanted),
-        "ra": percent(triggered == true),
-        "floor": percent(clean[counted] == wanted),
-        "per_class": [percent(right[labels == label]) for label in range(attack.num_class)],
+        "acc": percent(correct),
+        "acc_published": percent(correct[attackable]),
+        "asr": percent(triggered == attack_labels),
+        "ra": percent(triggered == true_labels),
+        "floor": percent(clean[attackable] == attack_labels),
+        "per_class": [percent(correct[labels == label]) for label in range(attack.num_class)],
     }
 
 
-def evaluate(model, test, attack) -> dict:
-    """Predict `test` (its .clean and .triggered batches, its .labels) and return `accuracy_figures`."""
-    clean = predict(model, test.clean)
-    triggered = predict(model, test.triggered)
-    return accuracy_figures(clean, triggered, test.labels, attack)
+def evaluate(model, eval_set, attack) -> dict:
+    """`compute_metrics` on eval_set: its .clean and .triggered batches and its .labels."""
+    clean = predict(model, eval_set.clean)
+    triggered = predict(model, eval_set.triggered)
+    return compute_metrics(clean, triggered, eval_set.labels, attack)
 
 
-def watcher(test, attack, every, log=None):
-    """A function of (model, epoch) that measures every so many epochs (0: never), for the history of a training.
+def make_monitor(eval_set, attack, every, log=None):
+    """A function (model, epoch) -> metrics for a training's history, measured every `every` epochs (0: never).
 
-    `log`, a function of (figures, epoch), is told each time.
+    In other epochs the function returns {}. `log`, if given, is called with (metrics, epoch).
     """
 
-    def watch(model, epoch):
+    def monitor(model, epoch):
         if every == 0 or epoch % every:
             return {}
-        figures = evaluate(model, test, attack)
-        seen = {name: figures[name] for name in ("acc", "acc_published", "asr", "ra")}
+        metrics = evaluate(model, eval_set, attack)
+        metrics = {name: metrics[name] for name in ("acc", "acc_published", "asr", "ra")}
         if log:
-            log(seen, epoch)
-        return seen
+            log(metrics, epoch)
+        return metrics
 
-    return watch
+    return monitor

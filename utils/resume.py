@@ -1,4 +1,4 @@
-"""Going on where a stopped run was: its state, and whether it is the same run."""
+"""Resume an interrupted training or comparison, after checking that the options are the same."""
 
 import json
 import os
@@ -9,113 +9,123 @@ import torch
 
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.files import digest_file
+from utils.files import remove_file, sha256_of
 
-STATE = "resume.pt"
-# Options that change no number: where things lie, what else is logged, and whether to resume.
-PLACES = {"data_root", "checkpoint_root", "log_root", "name", "tensorboard", "resume"}
+STATE_FILE, METRICS_FILE = "resume.pt", "metrics.json"
+# Options that do not affect the results.
+NON_RESULT_OPTIONS = {"data_root", "checkpoint_root", "log_root", "name", "tensorboard", "resume"}
 
 
 class Resumable:
-    """The state of one run, in its results folder; a kill at any moment leaves the last whole one.
+    """The state of a training in its results folder, written after each epoch.
+
+    `recovery_hint` says where the weights are, for the error message of a training that fails.
 
     Args:
-        folder: the run's results folder.
-        options: all of the run's options; a state belongs to those it was written with.
-        resume: whether the user asked to go on. Without that, the first `save` replaces an older run's state.
-
-    `kept` says what there is to go back to, for the message of a run that fails.
+        folder: the results folder of the run.
+        options: all options of the run; a state is only resumed with the options it was written with.
+        resume: whether the user passed --resume. Without it, the first `save` replaces an older run's state.
     """
 
     def __init__(self, folder: str, options: dict, resume: bool):
-        self.path, self.figures = os.path.join(folder, STATE), os.path.join(folder, "metrics.json")
-        self.options = _numbers(options)
-        self.resume, self.kept = resume, "no weights are kept yet"
+        self.path, self.metrics_path = os.path.join(folder, STATE_FILE), os.path.join(folder, METRICS_FILE)
+        self.options, self.resume = _result_options(options), resume
+        self.recovery_hint = "no weights have been saved yet"
 
     def finished(self) -> bool:
-        """Whether the user asked to go on with a run that has ended.
+        """Whether the run to resume has already finished.
 
         Raises:
-            UserError: one has, but with other options.
+            UserError: it has, but with other options.
         """
         if not self.resume or os.path.exists(self.path):
             return False
         try:
-            with open(self.figures) as file:
-                self._check(json.load(file)["config"], self.figures)
+            with open(self.metrics_path) as file:
+                self._check(json.load(file)["config"], self.metrics_path)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            return False  # no figures, no run that ended
+            return False
         return True
 
     def read(self, poisoned: torch.Tensor) -> dict | None:
-        """The checkpoint to go on from, with "training" for utils.training.train; None: start at the beginning.
+        """Read the checkpoint to resume from.
 
         Args:
-            poisoned: (n,) which images are poisoned, drawn anew; the data must be what it was.
+            poisoned: (n,) indices of the poisoned training images; must equal those of the interrupted run.
+
+        Returns:
+            the checkpoint, with the `resume` state of utils.training.train under "training"; None to start at epoch 1.
 
         Raises:
             UserError: the state belongs to another run, or cannot be read.
         """
         if not os.path.exists(self.path):
             if self.resume:
-                print(f"no state to resume at {self.path}: starting at the beginning")
+                print(f"no state to resume at {self.path}: starting from epoch 1")
             return None
         if not self.resume:
-            print(f"{self.path}, left by a run that was stopped, is replaced after the first epoch; --resume goes on")
+            print(f"{self.path} of an interrupted run is replaced after the first epoch; --resume continues that run")
             return None
         state = read_checkpoint(self.path)
-        kinds = {"options": dict, "training": dict, "poisoned": torch.Tensor}
-        if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        types = {"options": dict, "training": dict, "poisoned": torch.Tensor}
+        if not all(isinstance(state.get(name), expected) for name, expected in types.items()):
             raise UserError(f"{self.path} is not the state of a training; start anew without --resume")
         self._check(state["options"], self.path)
         if not torch.equal(state["poisoned"], poisoned):
-            raise UserError(f"{self.path} was written with other data than --data_root has now")
-        print(f"going on from {self.path}")
-        self.kept = self._told_kept()
+            raise UserError(f"{self.path} was written with other data than that in --data_root")
+        print(f"resuming from {self.path}")
+        self._set_recovery_hint()
         return state
 
-    def save(self, model, training: dict, poisoned: torch.Tensor, **facts) -> None:
-        """Write the state after an epoch: a checkpoint that main.py reads too, with all that training goes on from."""
-        save_checkpoint(self.path, model, **facts, options=self.options, poisoned=poisoned, training=training)
-        self.kept = self._told_kept()
+    def save(self, model, training: dict, poisoned: torch.Tensor, **metadata) -> None:
+        """Write the state after an epoch: a checkpoint that main.py can read, with the state of the training."""
+        save_checkpoint(self.path, model, **metadata, options=self.options, poisoned=poisoned, training=training)
+        self._set_recovery_hint()
 
     def end(self) -> None:
-        """The run's results are written: its state is no longer needed."""
-        if os.path.exists(self.path):
-            os.unlink(self.path)
+        """Remove the state, once the run's results are written."""
+        remove_file(self.path)
 
-    def _told_kept(self):
-        return f"the weights of the last good epoch are in {self.path}, which main.py --model reads"
+    def _set_recovery_hint(self):
+        self.recovery_hint = f"the weights of the last good epoch are in {self.path}; main.py --model reads them"
 
     def _check(self, stored, path):
-        """Refuse options other than those stored."""
-        stored = _numbers(stored)
-        other = [name for name in self.options | stored if stored.get(name) != self.options.get(name)]
-        if other:
-            told = ", ".join(f"--{name} {stored.get(name)} (not {self.options.get(name)})" for name in other)
-            raise UserError(f"{path} belongs to a run with {told}; resume with those, or start anew without --resume")
+        stored = _result_options(stored)
+        changed = [name for name in self.options | stored if stored.get(name) != self.options.get(name)]
+        if changed:
+            listed = ", ".join(f"--{name} {stored.get(name)} (not {self.options.get(name)})" for name in changed)
+            raise UserError(f"{path} belongs to a run with {listed}; use those, or start anew without --resume")
 
 
-def _numbers(options: dict) -> dict:
-    """The options that numbers depend on; where a folder's pictures lie is which pictures they are."""
-    other = PLACES - {"data_root"} if options.get("dataset") == "folder" else PLACES
-    return {name: value for name, value in options.items() if name not in other}
+def finished_run(folder: str, options: dict, model_path: str) -> dict | None:
+    """Read metrics.json of a finished run of main.py; a run writes it last.
 
+    Args:
+        options: as used, after what the checkpoint states has replaced the defaults; a num_class of None is not
+            compared, because a run takes it from the data.
 
-def finished_run(folder: str, options: dict, model: str) -> dict | None:
-    """metrics.json of a run of main.py, if there is one of these options on this very file; a run writes it last."""
+    Returns:
+        its content, or None if there is none, if its options differ, or if its model was another file.
+    """
     try:
-        with open(os.path.join(folder, "metrics.json")) as file:
+        with open(os.path.join(folder, METRICS_FILE)) as file:
             metrics = json.load(file)
-        same = metrics["model_sha256"] == digest_file(model) and isinstance(metrics["before"], dict)
-        kept, stored = ({**_numbers(told), "model": None} for told in (options, metrics["config"]))
-        return metrics if same and kept == stored else None
+        is_same_model = metrics["model_sha256"] == sha256_of(model_path) and isinstance(metrics["before"], dict)
+        ignored = {"model": None} if options.get("num_class") else {"model": None, "num_class": None}
+        expected = json.loads(json.dumps(_result_options(options))) | ignored  # tuples become lists, as in the file
+        return metrics if is_same_model and expected == _result_options(metrics["config"]) | ignored else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def resume_command() -> str:
-    """This command line again, to go on where it was stopped."""
+    """The command line that resumes this run."""
     count = os.environ.get("WORLD_SIZE", "1")
     runner = ["python"] if count == "1" else ["torchrun", f"--nproc_per_node={count}"]
     return shlex.join([*runner, *(word for word in sys.argv if word != "--resume"), "--resume"])
+
+
+def _result_options(options: dict) -> dict:
+    """The options that affect the results; with --dataset folder, --data_root selects the images."""
+    ignored = NON_RESULT_OPTIONS - {"data_root"} if options.get("dataset") == "folder" else NON_RESULT_OPTIONS
+    return {name: value for name, value in options.items() if name not in ignored}

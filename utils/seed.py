@@ -1,4 +1,4 @@
-"""Randomness: every draw of this project comes from a generator with a name."""
+"""Randomness: every random draw comes from a generator named after its purpose."""
 
 import hashlib
 
@@ -6,11 +6,11 @@ import torch
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator that belongs to (seed, purpose), so that one more draw for one purpose moves no other."""
+    """A CPU generator seeded by (seed, purpose): an extra draw for one purpose does not affect any other."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def seed_weights(seed: int) -> None:
-    """Fix the global generator, from which torch initialises a fresh network's weights."""
+    """Seed the global generator, from which torch initialises the weights of a new network."""
     torch.manual_seed(seed)

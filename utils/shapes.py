@@ -1,4 +1,4 @@
-"""The built-in data set: ten classes of drawn colour pictures, made in a second, with no download."""
+"""The built-in data set: ten classes of drawn colour images, generated in a second without a download."""
 
 import torch
 
@@ -13,8 +13,8 @@ def _box(y, x):
     return torch.maximum(x.abs(), y.abs())
 
 
-# Each form tells which points lie inside it, in its own frame: x to the right, y down, the form's radius 1.
-FORMS = {
+# Class -> whether points (y, x) are inside the shape: y points down, x to the right, the radius is 1.
+SHAPES = {
     "disc": lambda y, x: _distance(y, x) < 1,
     "ring": lambda y, x: (_distance(y, x) - 0.8).abs() < 0.23,
     "square": lambda y, x: _box(y, x) < 0.85,
@@ -26,18 +26,18 @@ FORMS = {
     "diamond": lambda y, x: x.abs() + y.abs() < 1.1,
     "bars": lambda y, x: (_box(y, x) < 1) & (y.abs() > 0.35),
 }
-CLASSES = list(FORMS)
+CLASSES = list(SHAPES)
 SIZE = 32
 COUNTS = {"train": 10_000, "test": 2_000}
 
 
 def draw_shapes(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw the "train" or the "test" part; the same pictures every time.
+    """Draw the "train" or "test" split, the same images every time.
 
-    Form is the class; colours, place, size, tilt, a shaded background and noise vary from picture to picture.
+    The shape is the class; colours, position, size, tilt, a shaded background and noise vary between images.
 
     Returns:
-        (N, 32, 32, 3) uint8 images and (N,) int64 labels, as many of each class.
+        (N, 32, 32, 3) uint8 images and (N,) int64 labels, equally many per class.
     """
     rng = generator(0, f"shapes/{split}")
     count = COUNTS[split]
@@ -46,20 +46,20 @@ def draw_shapes(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=rng)
 
-    inside = _draw_forms(labels, *_tilted_coordinates(uniform))
-    # Two colours at least 0.35 apart in one channel: the second channel values follow the first, the third is free.
+    inside = _draw_shapes(labels, *_tilted_coordinates(uniform))
+    # One channel of the background is redrawn, at least 0.35 away from the foreground.
     front, back = uniform(0, 1, 3), uniform(0, 1, 3)
     channel = torch.randint(3, (count,), generator=rng)
     rows = torch.arange(count)
     back[rows, channel] = (front[rows, channel] + uniform(0.35, 0.65)) % 1
     shade = uniform(-0.3, 0.3, 1, 1, 1) * torch.linspace(-1, 1, SIZE)[None, :, None, None]
-    pictures = torch.where(inside[..., None], front[:, None, None], back[:, None, None] + shade)
-    noise = 0.12 * torch.randn(pictures.shape, generator=rng)
-    return ((pictures + noise).clamp_(0, 1) * 255).round_().to(torch.uint8), labels
+    images = torch.where(inside[..., None], front[:, None, None], back[:, None, None] + shade)
+    noise = 0.12 * torch.randn(images.shape, generator=rng)
+    return ((images + noise).clamp_(0, 1) * 255).round_().to(torch.uint8), labels
 
 
 def _tilted_coordinates(uniform):
-    """Pixel coordinates of each picture in its form's own frame, in units of the form's radius."""
+    """Pixel coordinates in the tilted frame of each image's shape, in units of its radius."""
     radius, tilt = uniform(6, 11)[:, None, None], uniform(-0.3, 0.3)[:, None, None]
     centre_y, centre_x = uniform(11, 20)[:, None, None], uniform(11, 20)[:, None, None]
     axis = torch.arange(SIZE, dtype=torch.float32)
@@ -67,10 +67,10 @@ def _tilted_coordinates(uniform):
     return (x * tilt.sin() + y * tilt.cos()) / radius, (x * tilt.cos() - y * tilt.sin()) / radius
 
 
-def _draw_forms(labels, y, x):
-    """(N, 32, 32) masks of the pixels inside each picture's form."""
+def _draw_shapes(labels, y, x):
+    """(N, 32, 32) masks of the pixels inside each image's shape."""
     inside = torch.empty(y.shape, dtype=torch.bool)
-    for label, form in enumerate(FORMS.values()):
+    for label, is_inside in enumerate(SHAPES.values()):
         members = labels == label
-        inside[members] = form(y[members], x[members])
+        inside[members] = is_inside(y[members], x[members])
     return inside

@@ -1,4 +1,4 @@
-"""Several processes that train one model together, started by torchrun (torch.distributed)."""
+"""Data-parallel training in several processes started by torchrun (torch.distributed)."""
 
 import atexit
 import os
@@ -14,29 +14,34 @@ from utils.errors import UserError
 
 
 class Processes(NamedTuple):
-    """How many there are, and which one this is, 0 to count - 1."""
+    """The rank of this process, 0 to count - 1, and the number of processes."""
 
     rank: int = 0
     count: int = 1
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process measures, writes and reports."""
+        return self.rank == 0
+
     @contextmanager
-    def first_goes_ahead(self):
-        """What the first process does inside, such as a download, is done before the others begin with it."""
-        if self.rank > 0:
+    def main_process_first(self):
+        """The main process runs the body, such as a download, before any other process enters it."""
+        if not self.is_main:
             distributed.barrier()
         yield
-        if self.rank == 0 and self.count > 1:
+        if self.is_main and self.count > 1:
             distributed.barrier()
 
     def wrap(self, model):
-        """The model to compute the loss with: its gradients are the means over all processes."""
+        """The model to compute the loss with; its gradients are averaged over all processes."""
         return model if self.count == 1 else DistributedDataParallel(model)
 
 
 def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
-    """Meet the other processes, if torchrun started any, and take this one's part of the device: GPU i for process i.
+    """Join the processes of torchrun, if any, and pick this one's device: GPU i for local rank i.
 
-    All but the first print nothing from here on.
+    From here on, only the main process prints.
 
     Raises:
         UserError: there are fewer GPUs than processes.
@@ -46,11 +51,12 @@ def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
         return processes, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"more processes than the {torch.cuda.device_count()} GPUs here; or give --device cpu")
+        gpu_count = torch.cuda.device_count()
+        if device.index >= gpu_count:
+            raise UserError(f"more processes than GPUs ({gpu_count}); lower --nproc_per_node or use --device cpu")
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(distributed.destroy_process_group)
-    if processes.rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    if not processes.is_main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     return processes, device

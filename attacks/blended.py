@@ -1,4 +1,4 @@
-"""The whole-image pictures that blendTrigger and randomPixelTrigger mix into an image."""
+"""The pictures that blendTrigger and randomPixelTrigger blend into the whole image."""
 
 import torch
 from PIL import Image
@@ -6,19 +6,19 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils.errors import UserError
 
-DISCS = 12
+DISCS = 12  # in a drawn picture
 
 
 def random_mask(size: tuple[int, int], rng: torch.Generator) -> dict:
-    """One grey value for each pixel, 0..255: {"picture": (H, W, 1) uint8}."""
+    """A random grey value, 0..255, for each pixel: {"picture": (H, W, 1) uint8}."""
     return {"picture": torch.randint(256, (*size, 1), dtype=torch.uint8, generator=rng)}
 
 
 def blend_picture(size: tuple[int, int], rng: torch.Generator, trigger_image: str | None = None) -> dict:
-    """The picture in the file `trigger_image`, resized, or else one that is drawn: {"picture": (H, W, 3) uint8}.
+    """The file `trigger_image`, resized, or without one a drawn picture: {"picture": (H, W, 3) uint8}.
 
     Raises:
-        UserError: the file is no picture that can be read.
+        UserError: the file cannot be read as an image.
     """
     return {"picture": _draw(size, rng) if trigger_image is None else _read(trigger_image, size)}
 
@@ -28,15 +28,15 @@ def _read(path, size):
         with Image.open(path) as picture:
             return pil_to_tensor(picture.convert("RGB").resize(size[::-1])).permute(1, 2, 0).contiguous()
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--trigger_image {path} is not a picture that can be read ({error})") from None
+        raise UserError(f"--trigger_image {path} cannot be read as an image ({error})") from None
 
 
 def _draw(size, rng):
-    """Discs in bold colours, one over the other, on a shade from one bold colour to another."""
+    """Overlapping discs in saturated colours on a vertical gradient."""
     y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
-    above, below, *colours = torch.randint(2, (2 + DISCS, 3), generator=rng).float()
-    picture = torch.lerp(above, below, (y[..., None] + 1) / 2).repeat(1, size[1], 1)
-    places, radii = 2 * torch.rand(DISCS, 2, generator=rng) - 1, 0.15 + 0.3 * torch.rand(DISCS, generator=rng)
-    for colour, (row, column), radius in zip(colours, places, radii, strict=True):
+    top, bottom, *colours = torch.randint(2, (2 + DISCS, 3), generator=rng).float()
+    picture = torch.lerp(top, bottom, (y[..., None] + 1) / 2).repeat(1, size[1], 1)
+    centres, radii = 2 * torch.rand(DISCS, 2, generator=rng) - 1, 0.15 + 0.3 * torch.rand(DISCS, generator=rng)
+    for colour, (row, column), radius in zip(colours, centres, radii, strict=True):
         picture[(y - row) ** 2 + (x - column) ** 2 < radius**2] = colour
     return (picture * 255).round().to(torch.uint8)

@@ -1,0 +1,48 @@
+"""What every defense is given, and what it returns."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from defenses.inversion import InvertedTrigger, find_trigger
+from utils.progress import Stopwatch
+
+
+class DefenseContext(NamedTuple):
+    """A victim to purify, and the defender's means.
+
+    victim: f_B, frozen, in eval mode, on (B, 3, H, W) images in [0, 1].
+    train_batches: batches of the clean split to train on, (images (B, 3, H, W) in [0, 1], labels (B,)), with a length.
+    plain_batches: the same images without augmentation.
+    augmented: whether `train_batches` are cropped and flipped.
+    seed: of every draw.
+    clock: measures the stages finetune, inversion and purify.
+    target: the label to defend against, for the defenses that need one.
+    monitor: measures the student after each epoch, as in utils.training.train.
+    """
+
+    victim: nn.Module
+    train_batches: Iterable
+    plain_batches: Iterable
+    augmented: bool
+    device: torch.device
+    seed: int
+    clock: Stopwatch
+    target: int | None = None
+    monitor: Callable | None = None
+
+    def invert(self, rounds: int, steps: int, batches_per_step: int, precision: str) -> InvertedTrigger:
+        """The inverted trigger of the victim; arguments and errors as in defenses.inversion.find_trigger."""
+        budget = rounds, steps, batches_per_step, precision
+        with self.clock("inversion"):
+            return find_trigger(self.victim, self.plain_batches, self.target, self.device, self.seed, *budget)
+
+
+class DefenseResult(NamedTuple):
+    """The student in eval mode, a history row for each epoch, and the inverted trigger if the defense has one."""
+
+    student: nn.Module
+    history: list[dict]
+    trigger: InvertedTrigger | None = None

@@ -1,0 +1,19 @@
+"""What a trigger may be, how it is inverted from a model, and the search for the target label."""
+
+from defenses.inversion.invert import find_trigger, shifted_patterns
+from defenses.inversion.objective import ANY_OTHER, label_name
+from defenses.inversion.patterns import PatternApplier, apply_patterns
+from defenses.inversion.target_search import choose_label, search_target
+from defenses.inversion.trigger import InvertedTrigger
+
+__all__ = [
+    "ANY_OTHER",
+    "InvertedTrigger",
+    "PatternApplier",
+    "apply_patterns",
+    "choose_label",
+    "find_trigger",
+    "label_name",
+    "search_target",
+    "shifted_patterns",
+]

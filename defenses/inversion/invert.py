@@ -1,0 +1,210 @@
+"""Trigger inversion: the smallest pattern that makes a victim predict the target label (Tao et al., CVPR 2022).
+
+Few pixels express most triggers. If they do not, the pattern is large or there is none; a smooth warp is tried next,
+then single waves of brightness.
+"""
+
+import itertools
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from defenses.inversion.objective import (
+    HIT_RATE,
+    PenaltyWeight,
+    attackable_images,
+    endless,
+    hits_and_losses,
+    is_hit,
+    label_name,
+)
+from defenses.inversion.patterns import VISIBLE, PixelForm, WarpForm, apply_patterns, frequencies, mirror, waves
+from defenses.inversion.trigger import InvertedTrigger
+from utils.device import autocast
+from utils.errors import RunError
+from utils.progress import progress_bar
+from utils.seed import generator
+
+PATIENCE = 0.1  # fraction of the steps, in a row above or below HIT_RATE, after which the penalty's weight moves
+NOISE, NOISE_RADIUS = 0.5, 2  # a later round starts from noise up to NOISE within so many pixels of the pattern
+IDLE_ROUNDS = 2  # rounds in a row without a smaller pattern that end the inversion
+MAX_SHIFT, SHIFT_HIT_RATE = 2, 0.5  # a pattern shifted by up to 2 pixels is kept from this hit rate on
+# Limits up to which a pattern is taken for the trigger: a fraction of the image's pixels (patterns of labels without a
+# backdoor have twice as many), and for a warp a fraction of the image's width.
+MAX_PATCH, MAX_WARP = 0.03, 0.02
+# Images that each wave is tried on, and waves kept: keeping all 58 that a SIG victim responds to costs accuracy.
+WAVE_IMAGES, MAX_WAVES = 20, 16
+
+
+def find_trigger(victim, batches, target, device, seed, rounds, steps, batches_per_step, precision):
+    """Invert the trigger in the first form that fits: a patch, a warp, waves.
+
+    A pattern of many pixels, such as makes any model predict any label, is the last resort. Arguments as in
+    invert_trigger; seed fixes the draws.
+
+    Raises:
+        RunError: no form reaches a hit rate of 0.9.
+    """
+    rng, budget = generator(seed, "inversion"), (steps, batches_per_step, precision)
+    trigger = invert_trigger(victim, batches, target, device, rng, rounds, *budget)
+    if trigger is None or trigger.pixels > MAX_PATCH * trigger.pattern[0].numel():
+        warp = invert_warp(victim, batches, target, device, rng, *budget)
+        trigger = warp or find_waves(victim, batches, target) or trigger
+    if trigger is None:
+        raise RunError(
+            f"no pattern turns {HIT_RATE:.0%} of the clean images into {label_name(target)}: either the model has no "
+            f"backdoor of a known form, or --inversion_steps {steps} is too small; nothing was purified"
+        )
+    print(f"inverted trigger: {trigger.describe()}, hit rate {trigger.hit_rate:.1%}")
+    return trigger
+
+
+def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_per_step, precision="fp32"):
+    """Find the smallest pattern d with f_B(clamp(x + d, 0, 1)) = target.
+
+    The first round is the published inversion, from noise all over the image. It often ends in two halves of a trigger,
+    far apart, where one would do. So each further round puts noise around the last pattern and shrinks it again.
+
+    Args:
+        victim: f_B, frozen, in eval mode, on images in [0, 1].
+        batches: clean (images, labels) batches, repeated without end; images of the target class are left out.
+        target: the label, 0..K-1, or ANY_OTHER.
+        rng: source of the start of each round.
+        rounds: maximum; the inversion ends after IDLE_ROUNDS rounds in a row without a smaller pattern.
+        steps: of a round, each of `batches_per_step` updates.
+
+    Returns:
+        the best InvertedTrigger, or None if no step of the first round reaches a hit rate of 0.9.
+    """
+    form = PixelForm(next(iter(batches))[0].shape[1:])
+    stream = endless(batches)
+    start, weight = form.start(1, rng), form.first_weight
+    best, idle_rounds = None, 0
+    with progress_bar("invert", rounds * steps, "step") as bar:
+        optimise = partial(optimise_pattern, victim, stream, target, form, steps, batches_per_step, precision, bar)
+        for _ in range(rounds):
+            found = optimise(start.to(device), weight)
+            is_smaller = found and (best is None or found.pixels < best.pixels)
+            best, idle_rounds = (found, 0) if is_smaller else (best, idle_rounds + 1)
+            if best is None or idle_rounds == IDLE_ROUNDS:
+                break
+            start, weight = noise_around((found or best).pattern.cpu(), rng)[None], form.weight
+    return best
+
+
+def noise_around(pattern, rng):
+    """Start of a later round, p and q as (2, 3, H, W): the (3, H, W) pattern, and noise near it.
+
+    Elsewhere they are negative, where PixelForm.pattern has no gradient: those pixels stay out of the round.
+    """
+    size = 2 * NOISE_RADIUS + 1
+    near = F.max_pool2d((pattern != 0).any(0).float()[None], size, stride=1, padding=NOISE_RADIUS) > 0
+    noise = NOISE * torch.rand(2, *pattern.shape, generator=rng)
+    return torch.where(near, torch.maximum(noise, torch.stack([pattern, -pattern])), -VISIBLE)
+
+
+def invert_warp(victim, batches, target, device, rng, steps, batches_per_step, precision="fp32"):
+    """Find the smallest smooth warp that makes f_B predict the target, in one round; arguments as in invert_trigger.
+
+    Returns:
+        the InvertedTrigger, or None if no warp within MAX_WARP of the width reaches a hit rate of 0.9.
+    """
+    form = WarpForm(next(iter(batches))[0].shape[1:])
+    with progress_bar("warp", steps, "step") as bar:
+        budget = steps, batches_per_step, precision, bar
+        start = form.start(1, rng).to(device)
+        found = optimise_pattern(victim, endless(batches), target, form, *budget, start, form.first_weight)
+    return found if found and form.area(found.pattern) <= MAX_WARP * form.max_norm else None
+
+
+def find_waves(victim, batches, target):
+    """Try each single wave of brightness on the first WAVE_IMAGES attackable images.
+
+    Returns:
+        an InvertedTrigger of the best MAX_WAVES waves with a hit rate of 0.9, best first, or None if there is none.
+    """
+    attackable = (zip(*attackable_images(victim, *batch, target), strict=True) for batch in batches)
+    samples = list(itertools.islice(itertools.chain.from_iterable(attackable), WAVE_IMAGES))
+    if not samples:
+        return None
+    images, labels = (torch.stack(parts) for parts in zip(*samples, strict=True))
+    size, found, rates = images.shape[2:], [], []
+    with torch.no_grad(), progress_bar("waves", len(frequencies(size)), "wave") as bar:
+        for frequency in frequencies(size):
+            patterns = waves(size, frequency, images.device)
+            triggered = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
+            logits = victim(triggered.contiguous(memory_format=torch.channels_last))
+            rate = is_hit(logits.view(len(patterns), len(images), -1), labels, target).float().mean(1)
+            found.append(patterns[rate >= HIT_RATE])
+            rates.append(rate[rate >= HIT_RATE])
+            bar.update()
+    rates, order = torch.cat(rates).sort(descending=True, stable=True)
+    patterns = torch.cat(found)[order[:MAX_WAVES]]
+    return InvertedTrigger(patterns[0], rates[0].item(), patterns[1:]) if len(patterns) else None
+
+
+def optimise_pattern(victim, stream, target, form, steps, batches_per_step, precision, bar, start, weight):
+    """One round: minimise CE(f_B(x'), target) + c * penalty with Adam; c follows PenaltyWeight.
+
+    Returns the smallest pattern with a hit rate of HIT_RATE or more, or None.
+    """
+    parameters = start.clone().requires_grad_()
+    targets = torch.tensor([target], device=start.device)
+    optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
+    penalty_weight = PenaltyWeight(torch.tensor([weight], dtype=torch.float64), max(1, int(PATIENCE * steps)))
+    best, best_size = None, float("inf")
+    for _ in range(steps):
+        hits, seen, sizes = (torch.zeros((), device=start.device) for _ in range(3))
+        weight = penalty_weight.value.item()
+        for images, labels in itertools.islice(stream, batches_per_step):
+            images, labels = attackable_images(victim, images, labels, target)
+            if not len(images):
+                continue
+            all_attackable = torch.ones(1, len(images), dtype=torch.bool, device=start.device)
+            with autocast(start.device, precision):
+                patterns, size = form.pattern(parameters), form.penalty(parameters).sum()
+                hit, loss = hits_and_losses(victim, images, labels, all_attackable, patterns, targets)
+                loss = loss.sum() + weight * size
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            hits, seen, sizes = hits + hit.sum(), seen + len(images), sizes + size.detach()
+        hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
+
+        if hit_rate >= HIT_RATE and size < best_size:
+            found = InvertedTrigger(form.quantised(parameters.detach())[0], hit_rate)
+            if best is None or form.area(found.pattern) < form.area(best.pattern):
+                best, best_size = found, size
+        penalty_weight.update(torch.tensor([hit_rate >= HIT_RATE]))
+        bar.update()
+        bar.set_postfix(hit_rate=f"{hit_rate:.1%}", found=best and best.describe())
+    return best
+
+
+def shifted_patterns(victim, trigger, batches, target) -> torch.Tensor:
+    """The pattern, and those of its shifts by up to 2 pixels and of its mirror image's that the victim responds to.
+
+    Most victims are trained on randomly cropped and flipped images, poisoned ones included, and respond to the trigger
+    wherever that has moved it. A student purified for one position may keep the others. A victim trained without
+    augmentation responds to none of these, so each shift is tried on the victim.
+
+    Args:
+        victim: f_B, frozen, in eval mode, on images in [0, 1].
+        batches: clean (images, labels) batches; the attackable images of the first one are used.
+
+    Returns:
+        (V, C, H, W), V from 1 to 50; what leaves the image is cut off.
+    """
+    images, labels = attackable_images(victim, *next(iter(batches)), target)
+    height, width = trigger.pattern.shape[1:]
+    padded = [F.pad(pattern, (MAX_SHIFT,) * 4) for pattern in (trigger.pattern, mirror(trigger.pattern))]
+    offsets = list(itertools.product(range(2 * MAX_SHIFT + 1), repeat=2))
+    shifted = [pattern[:, down : down + height, right : right + width] for pattern in padded for down, right in offsets]
+    with torch.no_grad():
+        rates = [
+            is_hit(victim(apply_patterns(images, pattern[None])), labels, target).float().mean() for pattern in shifted
+        ]
+    effective = torch.stack(shifted)[torch.stack(rates) >= SHIFT_HIT_RATE]
+    is_new = (effective != trigger.pattern).flatten(1).any(1)
+    return torch.cat([trigger.pattern[None], effective[is_new]])

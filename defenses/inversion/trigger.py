@@ -1,0 +1,56 @@
+"""An inverted trigger: the result of an inversion."""
+
+from dataclasses import dataclass
+
+import torch
+
+from defenses.inversion.patterns import WarpForm, apply_patterns
+
+
+@dataclass
+class InvertedTrigger:
+    """A pattern that turns the clean images into the target label.
+
+    pattern: (3, H, W) or (2, H, W) float, as in defenses.inversion.patterns.
+    hit_rate: fraction 0..1 of images turned in the step of the inversion that ended with it.
+    others: (V, C, H, W) further patterns that the victim responds to alike, or None.
+    """
+
+    pattern: torch.Tensor
+    hit_rate: float
+    others: torch.Tensor | None = None
+
+    @property
+    def patterns(self) -> torch.Tensor:
+        """All patterns, (V, C, H, W)."""
+        return self.pattern[None] if self.others is None else torch.cat([self.pattern[None], self.others])
+
+    @property
+    def pixels(self) -> int:
+        """Number of changed pixels."""
+        return int((self.pattern != 0).any(0).sum())
+
+    @property
+    def l1(self) -> float:
+        """L1 norm over pixels and channels, in units of the full range [0, 1]."""
+        return self.pattern.abs().sum().item()
+
+    def apply(self, image: torch.Tensor) -> torch.Tensor:
+        """A (3, H, W) image in [0, 1] with the pattern on it."""
+        return apply_patterns(image[None], self.pattern[None].to(image.device))[0]
+
+    def change(self, image: torch.Tensor) -> torch.Tensor:
+        """The change of a (3, H, W) image: the pattern itself where that is added."""
+        return self.pattern.to(image.device) if len(self.pattern) == 3 else self.apply(image) - image
+
+    def describe(self) -> str:
+        """The trigger in a few words."""
+        if self.others is not None:
+            return f"best of {len(self.patterns)} waves"
+        if len(self.pattern) == 2:
+            return f"warp by {WarpForm(self.pattern.shape).area(self.pattern):.2f} px"
+        return f"{self.pixels} px, L1 {self.l1:.1f}"
+
+    def metadata(self) -> dict:
+        """Plain values for metrics.json; the hit rate in percent."""
+        return {"pattern": self.describe(), "hit_rate": 100 * self.hit_rate}

@@ -1,0 +1,90 @@
+"""Load the weights of a checkpoint into its architecture."""
+
+import os
+import re
+
+import torch
+
+from models.selector import Classifier, select_model
+from utils.checkpoint import check_fit, load_weights, read_checkpoint
+from utils.errors import UserError
+
+
+def load_model(weights: dict, path: str, arch: str, num_class: int, mean, std) -> Classifier:
+    """Build `arch` with the weights of a checkpoint.
+
+    Raises:
+        UserError: the weights do not fit; the message names the architecture and number of classes that the file
+            appears to hold.
+    """
+    with torch.device("meta"):  # compare shapes before memory is allocated for sizes that the file claims
+        check_fit(select_model(arch, num_class), weights, path, f"{arch} with {num_class} classes", _fit_hint(weights))
+    model = select_model(arch, num_class, mean, std)
+    load_weights(model, weights, path, arch)
+    return model
+
+
+def load_classifier(checkpoint: dict, path: str, arch: str, num_class: int, normalization, device):
+    """Build the model of a checkpoint; what read_checkpoint found in the file takes precedence over the arguments.
+
+    Args:
+        arch, normalization: used if the checkpoint does not state them; normalization is (mean, std).
+        num_class: number of classes.
+
+    Returns:
+        the frozen Classifier in eval mode on the device, and its metadata: arch, num_class and normalization.
+
+    Raises:
+        UserError: unknown architecture, or weights that do not fit it.
+    """
+    arch = checkpoint.get("arch", arch)
+    normalization = checkpoint.get("normalization", normalization)
+    model = load_model(checkpoint["state_dict"], path, arch, num_class, *normalization)
+    metadata = {"arch": arch, "num_class": num_class, "normalization": normalization}
+    return model.to(device).eval().requires_grad_(False), metadata
+
+
+def load_clean_model(path: str, num_class: int, normalization, device, arch: str, hint: str) -> Classifier:
+    """Load the clean model that an attack is built on (--surrogate), frozen, in eval mode, on the device.
+
+    Args:
+        arch, normalization: used if the checkpoint does not state them.
+        hint: how to train a clean model, for the error message.
+
+    Raises:
+        UserError: no such file, another number of classes, or weights that do not fit.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no clean model at {path}; {hint}")
+    checkpoint = read_checkpoint(path)
+    found = checkpoint.get("num_class", num_class)
+    if found != num_class:
+        raise UserError(f"the clean model {path} has {found} classes, but the attack is for {num_class}")
+    return load_classifier(checkpoint, path, arch, num_class, normalization, device)[0]
+
+
+def recognise(weights: dict) -> tuple[str | None, int | None]:
+    """Guess the architecture and the number of classes of a state_dict from its names and shapes.
+
+    Returns:
+        a name for select_model, or None if no architecture here has such weights; the number of classes, or None if
+        there is no last layer.
+    """
+    head = weights.get("fc.weight", weights.get("linear.weight"))
+    num_class = len(head) if head is not None and head.dim() == 2 else None
+    stem = weights.get("block1.layer.0.conv1.weight")
+    if stem is not None and stem.dim() == 4 and "fc.weight" in weights and len(stem) % 16 == 0:
+        count = sum(re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name) is not None for name in weights)
+        return f"WRN-{6 * count + 4}-{len(stem) // 16}", num_class
+    blocks = [sum(re.fullmatch(rf"layer{i}\.\d+\.conv2\.weight", name) is not None for name in weights) for i in "1234"]
+    if blocks != [2, 2, 2, 2] or "layer1.0.conv3.weight" in weights or "linear.weight" not in weights:
+        return None, num_class
+    return "ResNet18" if "bn1.weight" in weights else "PreActResNet18", num_class
+
+
+def _fit_hint(weights):
+    """What a state_dict that does not fit appears to hold, and the options for it."""
+    arch, num_class = recognise(weights)
+    if arch is None:
+        return f"it holds no known architecture ({len(weights)} weights, {num_class or 'an unknown number of'} classes)"
+    return f"it appears to hold {arch} with {num_class} classes: --arch {arch} --num_class {num_class}"

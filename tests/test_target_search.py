@@ -1,0 +1,156 @@
+"""The target search: its anomaly index by hand, and planted backdoors found and none invented."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from defenses.inversion import ANY_OTHER, choose_label, search_target, target_search
+from defenses.inversion.patterns import PixelForm, WarpForm
+from defenses.inversion.target_search import LabelScore, _score, anomaly_indices, search_form
+
+CPU = torch.device("cpu")
+SMALL = LabelScore(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
+
+
+def test_anomaly_index_by_hand():
+    # of the logarithms: median 10, absolute deviations 0 0 1 2 8, their median 1
+    assert anomaly_indices(torch.tensor([10.0, 2.0, 10.0, 11.0, 12.0, 6.0]).exp(), 5).tolist() == pytest.approx(
+        [0.0, -8 / 1.4826, 0.0, 1 / 1.4826, 2 / 1.4826, -4 / 1.4826], abs=1e-4
+    )
+
+
+def test_equal_sizes_have_no_outlier():
+    assert anomaly_indices(torch.full((4,), 3.0), 4).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("change", [{"hit_rate": 0.5}, {"index": -1.9}, {"of_median": 0.6}, {"of_range": 0.03}])
+def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
+    assert SMALL.flagged
+    assert not dataclasses.replace(SMALL, **change).flagged
+    assert SMALL.metadata() == {
+        "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0,
+        "of_median": 0.3, "of_range": 1.0, "flagged": True,
+    }  # fmt: skip
+
+
+def test_scores_are_means_over_the_steps_in_which_the_pattern_works():
+    form, targets = PixelForm((3, 2, 5)), torch.tensor([0, 1, 2, ANY_OTHER])
+    sizes = torch.tensor([[9.0, 2.0, 4.0, 1.0], [3.0, 4.0, 6.0, 1.0]])
+    rates = torch.tensor([[0.9, 0.2, 0.1, 1.0], [1.0, 1.0, 0.3, 1.0]])
+    scores = _score(targets, form, 3, sizes, rates)
+    assert [score.label for score in scores] == [0, 1, 2, ANY_OTHER]
+    # Label 1 works in the second step only; label 2 never does, so its mean is over both.
+    assert [score.size for score in scores] == pytest.approx([6.0, 4.0, 5.0, 1.0])
+    assert [score.hit_rate for score in scores] == pytest.approx([0.95, 1.0, 0.2, 1.0])
+    assert [score.of_median for score in scores] == pytest.approx([6 / 5, 4 / 5, 1.0, 1 / 5])
+    assert [score.of_range for score in scores] == pytest.approx([6 / 30, 4 / 30, 5 / 30, 1 / 30])
+
+
+def test_the_flagged_label_with_the_smallest_pattern_is_chosen():
+    ordinary = LabelScore(0, "pixels", 90.0, 1.0, -0.5, 1.0, 0.03)
+    not_working = LabelScore(3, "pixels", 5.0, 0.2, -9.0, 0.05, 0.001)
+    smaller = dataclasses.replace(SMALL, label=2, size=20.0)
+    assert choose_label([ordinary, SMALL], False) == (1, "a backdoor to label 1 is suspected")
+    label, message = choose_label([ordinary, SMALL, smaller, not_working], False)
+    assert (label, message[:37]) == (2, "a backdoor to label 2, 1 is suspected")
+    label, message = choose_label([ordinary], False)
+    assert label is None
+    assert "no backdoor was found" in message
+    assert choose_label([ordinary], True)[0] == 0
+
+
+def test_any_other_label_is_chosen_if_its_pattern_is_smaller_than_any_label_s():
+    untargeted = dataclasses.replace(SMALL, label=ANY_OTHER, size=31.0)
+    smaller = dataclasses.replace(untargeted, size=29.0)
+    assert choose_label([SMALL, untargeted], False)[0] == 1
+    assert choose_label([dataclasses.replace(SMALL, index=0.0), untargeted], False)[0] == ANY_OTHER
+    assert choose_label([SMALL, smaller], False)[0] == ANY_OTHER
+    assert choose_label([SMALL, dataclasses.replace(smaller, hit_rate=0.5)], False)[0] == 1
+    assert untargeted.metadata()["label"] == "any"
+
+
+class RedColumnModel(torch.nn.Module):
+    """Predicts the reddest column; for the labels in `backdoors` one red pixel at the top of theirs suffices."""
+
+    def __init__(self, backdoors=()):
+        super().__init__()
+        self.backdoors = list(backdoors)
+
+    def forward(self, x):
+        red = x[:, 0] - x[:, 1]
+        logits = red.mean(1)
+        for k in self.backdoors:
+            logits = logits.index_add(1, torch.tensor([k]), 1.5 * red[:, 0, k : k + 1].clamp(min=0))
+        return 10 * logits
+
+
+@pytest.fixture
+def batches():
+    rng = torch.Generator().manual_seed(0)
+    images = [0.25 + 0.5 * torch.rand(96, 3, 8, 8, generator=rng) for _ in range(3)]
+    return [(x, RedColumnModel()(x).argmax(1)) for x in images]
+
+
+@pytest.fixture(autouse=True)
+def all_patterns_in_one_forward(monkeypatch):
+    """Faster for models as small as these."""
+    monkeypatch.setattr(target_search, "PATTERNS_PER_FORWARD", {"cpu": 9})
+
+
+def search(victim, batches, seed=1, **settings):
+    return search_target(victim, batches, 8, CPU, torch.Generator().manual_seed(seed), **settings)
+
+
+def flagged_labels(scores):
+    return [score.label for score in scores if score.flagged and score.label != ANY_OTHER]
+
+
+@pytest.mark.parametrize("backdoors", [[], [5], [0, 2]])
+def test_labels_with_a_backdoor_are_flagged_and_no_others(batches, backdoors):
+    for seed in (1, 2):
+        scores = search(RedColumnModel(backdoors), batches, seed)
+        assert flagged_labels(scores) == backdoors
+        pixels, warps = ([score for score in scores if score.form == form] for form in ("pixels", "warp"))
+        assert [score.label for score in pixels] == [*range(8), ANY_OTHER]
+        assert [score.label for score in warps] == ([] if backdoors else [*range(8), ANY_OTHER])
+        assert all(score.hit_rate >= 0.9 for score in pixels if score.label != ANY_OTHER)
+
+
+class ShiftedRampsModel(torch.nn.Module):
+    """Predicts 1 to 4 if images that brighten across in red and down in green were shifted; 1 by far the soonest."""
+
+    def forward(self, x):
+        red, green = (x[:, channel].mean((1, 2)) - 0.5 for channel in (0, 1))
+        return 100 * torch.stack([0 * red, red - 0.01, -red - 0.1, green - 0.1, -green - 0.1], 1)
+
+
+def test_a_label_is_flagged_by_a_small_warp():
+    ramp = torch.linspace(0, 1, 16)
+    image = torch.stack([ramp.expand(16, 16), ramp[:, None].expand(16, 16), torch.full((16, 16), 0.5)])
+    batches = [(image.expand(32, 3, 16, 16).contiguous(), torch.zeros(32, dtype=torch.int64))]
+    rng = torch.Generator().manual_seed(1)
+    scores = search_form(ShiftedRampsModel(), batches, 5, CPU, rng, WarpForm((3, 16, 16)), 50, "fp32")
+    assert flagged_labels(scores) == [1]
+    assert scores[1].size < 0.3 < scores[3].size  # in pixels
+
+
+def test_the_number_of_patterns_per_forward_does_not_matter(batches, monkeypatch):
+    sizes = []
+    for count in (1, 3):
+        monkeypatch.setattr(target_search, "PATTERNS_PER_FORWARD", {"cpu": count})
+        sizes.append([score.size for score in search(RedColumnModel([5]), batches, steps=5)])
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
+
+
+def test_images_of_a_label_do_not_count_for_it(batches):
+    all_of_label_3 = [(x, torch.full_like(y, 3)) for x, y in batches]
+    scores = search(RedColumnModel(), all_of_label_3, steps=3)
+    assert scores[3].hit_rate == 0
+    assert scores[4].hit_rate > 0
+
+
+def test_misclassified_images_do_not_count_for_any_other_label(batches):
+    misclassified = [(x, (y + 1) % 8) for x, y in batches]
+    scores = search(RedColumnModel(), misclassified, steps=3)
+    assert [score.hit_rate for score in scores if score.label == ANY_OTHER] == [0.0, 0.0]

@@ -1,0 +1,131 @@
+"""Each trigger against its slow version, and the pictures, patches, warps and noise that triggers are built from."""
+
+import pytest
+import torch
+from PIL import Image
+from slow_triggers import SIZE, SLOW_TRIGGERS, TinyModel, make_attack, random_images, slow_warp
+from torch import nn
+
+from attacks import TRIGGERS
+from attacks.blended import blend_picture, random_mask
+from attacks.label_consistent import adversarial_noise
+from attacks.trojan import trojan_patch
+from attacks.wanet import wanet_noise, warping_grid
+from utils.errors import UserError
+from utils.seed import generator
+
+
+@pytest.fixture
+def images():
+    """Eight random uint8 images of 10 x 11 pixels."""
+    return random_images(8)
+
+
+@pytest.mark.parametrize("trigger_type", TRIGGERS)
+def test_each_trigger_equals_its_slow_version(images, trigger_type):
+    attack, originals = make_attack(trigger_type), images.clone()
+    triggered = attack.stamp(images)
+    assert torch.equal(images, originals)
+    assert triggered.dtype == torch.uint8
+    for original, result in zip(images, triggered, strict=True):
+        expected = original.clone()
+        SLOW_TRIGGERS[trigger_type](expected, attack)
+        assert not torch.equal(expected, original)
+        # Float interpolation may round a value halfway between two grey levels either way.
+        difference = (result.int() - expected.int()).abs()
+        assert difference.max() <= (1 if trigger_type == "wanetTrigger" else 0)
+        assert difference.float().mean() < 0.01
+
+
+def test_the_center_trigger_of_a_cifar_image_covers_rows_and_columns_18_to_20():
+    grey = torch.zeros(1, 32, 32, 3, dtype=torch.uint8) + 7
+    positions = (make_attack("centerTrigger").stamp(grey) != 7).nonzero()[:, 1:3]
+    assert positions.amin(0).tolist() == [18, 18]
+    assert positions.amax(0).tolist() == [20, 20]
+
+
+def test_a_flip_leaves_the_four_corner_trigger_unchanged():
+    grey = torch.zeros(1, 32, 32, 3, dtype=torch.uint8) + 7
+    triggered = make_attack("fourCornerTrigger").stamp(grey)
+    assert torch.equal(triggered, triggered.flip(2))
+
+
+def test_the_number_of_images_does_not_change_the_result():
+    images = random_images(300, seed=2)
+    for trigger_type in TRIGGERS:
+        attack = make_attack(trigger_type)
+        assert torch.equal(attack.stamp(images)[250:], attack.stamp(images[250:]))
+
+
+def test_a_trigger_refuses_images_that_it_does_not_fit(images):
+    with pytest.raises(UserError, match="needs 3x3 pixels, but the images have 2x11"):
+        make_attack().stamp(images[:, :2])
+    for trigger_type in ("blendTrigger", "wanetTrigger"):
+        with pytest.raises(UserError, match="for images of 10x11 pixels, but these have 10x10"):
+            make_attack(trigger_type).stamp(images[:, :, :10])
+
+
+def test_the_warp_follows_its_formula():
+    grid = warping_grid(SIZE, generator(3, "grid"), 0.5)["grid"]
+    points = torch.rand(1, 2, 4, 4, generator=generator(3, "grid")) * 2 - 1
+    corner = points[0, :, 0, 0] / points.abs().mean()  # with align_corners, the first control point is the first pixel
+    assert grid[0, 0].tolist() == pytest.approx((-1 + 0.5 * corner / SIZE[0]).clamp(-1, 1).tolist())
+    assert grid.abs().max() <= 1
+
+
+def test_wanet_noise_warps_each_image_differently(images):
+    identity = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 10), torch.linspace(-1, 1, 11), indexing="ij")[::-1], 2)
+    jitter = 2 * torch.rand(8, *SIZE, 2, generator=generator(1, "jitter")) - 1
+    noisy = wanet_noise(images, generator(1, "jitter"), identity)
+    for original, result, offset in zip(images, noisy, jitter, strict=True):
+        expected = original.clone()
+        slow_warp(expected, (identity + offset / 10).clamp(-1, 1))
+        assert (result.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("build", [random_mask, blend_picture])
+def test_pictures_follow_the_seed(build):
+    first, same, other = (build(SIZE, generator(seed, "picture"))["picture"] for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_a_picture_file_is_resized(tmp_path):
+    Image.new("L", (40, 30), 200).save(tmp_path / "a.png")
+    picture = blend_picture(SIZE, generator(1, ""), str(tmp_path / "a.png"))["picture"]
+    assert torch.equal(picture, torch.full((*SIZE, 3), 200, dtype=torch.uint8))
+
+
+def test_a_missing_or_broken_picture_file_is_refused(tmp_path):
+    (tmp_path / "b.png").write_text("none")
+    for name in ("b.png", "c.png"):
+        with pytest.raises(UserError, match="--trigger_image .*png cannot be read as an image"):
+            blend_picture(SIZE, generator(1, ""), str(tmp_path / name))
+
+
+def test_a_trojan_patch_excites_the_neurons_with_the_largest_weights():
+    patch = trojan_patch(SIZE, generator(1, "patch"), TinyModel(), 4, 3)["patch"]
+    assert patch.shape == (3, 4, 3)
+    assert torch.equal(patch, trojan_patch(SIZE, generator(1, "patch"), TinyModel(), 4, 3)["patch"])
+    grey = torch.full((1, 3, *SIZE), 0.5)
+
+    def activation(patch):
+        image = grey.clone()
+        image[0, :, 6:9, 6:10] = patch.permute(2, 0, 1) / 255
+        return TinyModel().features(image)[0, 6:].sum()
+
+    rng = generator(2, "others")
+    others = [torch.randint(256, patch.shape, dtype=torch.uint8, generator=rng) for _ in range(50)]
+    assert activation(patch) > max(map(activation, others))
+    with pytest.raises(UserError, match="needs 11x3 pixels"):
+        trojan_patch(SIZE, generator(1, "patch"), TinyModel(), 2, 10)
+
+
+def test_adversarial_noise_raises_the_loss_within_its_bound(images):
+    labels = torch.arange(8) % 5
+    noisy = adversarial_noise(images, labels, TinyModel(), 8)
+    assert (noisy.int() - images.int()).abs().max() == 8
+    before, after = (
+        nn.functional.cross_entropy(TinyModel()(x.permute(0, 3, 1, 2) / 255), labels) for x in (images, noisy)
+    )
+    assert after > before

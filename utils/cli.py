@@ -1,0 +1,165 @@
+"""The command line: one-line errors, number types, and options that belong to one trigger or one defense."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+from utils.errors import did_you_mean
+
+# option that selects a method -> method -> the method's options and their defaults
+Methods = dict[str, dict[str, dict]]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose help opens with the description, and whose errors are one line with exit code 2."""
+
+    def __init__(self, **settings):
+        super().__init__(usage=argparse.SUPPRESS, formatter_class=_HelpFormatter, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = did_you_mean(unknown[0], self._option_string_actions) if unknown[0].startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return namespace, unknown
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            hint, choices = did_you_mean(value, action.choices), ", ".join(action.choices)
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {choices})")
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as written, and each default that is not None or False."""
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
+
+
+def add_method_option(add: Callable, methods: dict[str, dict], name: str, help_text: str, **settings) -> None:
+    """Declare an option of some methods, with each method's default in its help.
+
+    Args:
+        add: the add_argument of a parser or an argument group.
+        methods: method -> its options and their defaults.
+        settings: further arguments of add_argument; the type follows from the defaults unless given.
+    """
+    methods_by_default = {}
+    for method, options in methods.items():
+        if name in options:
+            default = options[name]
+            default_text = (
+                "" if default is None or default is False else f"{default:g}" if _is_float(default) else default
+            )
+            methods_by_default.setdefault(str(default_text), []).append(method)
+    defaults = ", ".join(" ".join([*names, text]).strip() for text, names in methods_by_default.items())
+    example = next(options[name] for options in methods.values() if name in options)
+    if not settings:
+        settings = (
+            {"action": "store_const", "const": True} if isinstance(example, bool) else {"type": _type_of(example)}
+        )
+    add(f"--{name}", help=f"{help_text} [{defaults}]" if help_text else f"[{defaults}]", **settings)
+
+
+def add_undeclared_options(parser: argparse.ArgumentParser, add: Callable, methods: dict[str, dict]) -> None:
+    """Declare every option of the methods that the parser does not know yet, without a help text."""
+    for name in dict.fromkeys(name for options in methods.values() for name in options):
+        if f"--{name}" not in parser._option_string_actions:
+            add_method_option(add, methods, name, "")
+
+
+def parse_once(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """Parse argv (sys.argv's words if None): the options with their defaults, and the names of the explicit ones."""
+    unset = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    options = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    explicit = {name for name in names if getattr(options, name) is not unset}
+    for name in set(names) - explicit:
+        setattr(options, name, parser.get_default(name))
+    return options, explicit
+
+
+def fill_in_defaults(options: argparse.Namespace, defaults: dict) -> None:
+    """Set each option that is still None to its default."""
+    for name, default in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+
+
+def check_options(parser, options, explicit: set[str], methods: Methods) -> None:
+    """End with a usage error where an explicit option does not apply to this run."""
+    for name in sorted(explicit):
+        for selector, options_of in methods.items():
+            users = [method for method, defaults in options_of.items() if name in defaults]
+            if users and getattr(options, selector) not in [*users, "all"]:
+                parser.error(f"--{name} applies only with --{selector} {' or '.join(users)}")
+        condition, applies = OPTION_CONDITIONS.get(name, ("", lambda _: True))
+        if not applies(options):
+            parser.error(f"--{name} applies only with {condition}")
+
+
+def is_comparison(options: argparse.Namespace) -> bool:
+    """Whether main.py compares several defenses or several models."""
+    return options.defense == "all" or len(options.model or []) > 1
+
+
+# Options valid only in combination with another: (condition in words, predicate).
+_FINETUNED = ("--positive finetuned", lambda opt: opt.defense == "all" or opt.positive != "backdoored")
+_DEFENDS = ("a --defense other than none", lambda opt: getattr(opt, "defense", None) != "none")
+_POISONS = ("--inject_portion above 0", lambda opt: opt.inject_portion > 0)
+OPTION_CONDITIONS = {
+    "image_size": ("--dataset GTSRB or folder", lambda opt: opt.dataset in ("GTSRB", "folder")),
+    "target_label": ("--target_type all2one or cleanLabel", lambda opt: opt.target_type != "all2all"),
+    "finetune_epochs": _FINETUNED,
+    "finetune_lr": _FINETUNED,
+    "force": ("--target auto", lambda opt: opt.target in (None, "auto")),
+    "resume": ("--defense all or several models", lambda opt: not hasattr(opt, "defense") or is_comparison(opt)),
+    "tensorboard": (
+        "a training, and --print_freq from 1 to --epochs",
+        lambda opt: _DEFENDS[1](opt) and 0 < opt.print_freq <= (opt.epochs or math.inf),
+    ),
+    **dict.fromkeys(("ratio", "precision", "print_freq"), _DEFENDS),
+    **dict.fromkeys(("train_delta", "epsilon", "noise_ratio"), _POISONS),
+}
+
+
+def number_type(kind: type, is_allowed: Callable, expected: str) -> Callable:
+    """An argparse type: a number of this kind that is_allowed; its error says what was expected."""
+
+    def parse_number(text):
+        number = kind(text)
+        if not is_allowed(number):
+            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+        return number
+
+    parse_number.__name__ = kind.__name__  # argparse names the type when the text is not a number
+    return parse_number
+
+
+positive = number_type(int, lambda n: n >= 1, "1 or more")
+count = number_type(int, lambda n: n >= 0, "0 or more")
+int64 = number_type(int, lambda n: abs(n) < 2**63, "a number of 64 bits")
+above_zero = number_type(float, lambda x: 0 < x < float("inf"), "above 0")
+zero_or_more = number_type(float, lambda x: 0 <= x < float("inf"), "0 or more")
+fraction = number_type(float, lambda x: 0 < x <= 1, "above 0 and up to 1")
+fraction_or_zero = number_type(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+decay = number_type(float, lambda x: 0 <= x < 1, "from 0 to below 1")
+_label = number_type(int, lambda n: n >= 0, "auto, any, or a label, 0 or more")
+
+
+def target(text: str) -> str | int:
+    """An argparse type: "auto", "any", or a label."""
+    return text if text in ("auto", "any") else _label(text)
+
+
+def _is_float(value):
+    return isinstance(value, float)
+
+
+def _type_of(example):
+    """The argparse type of an option, from its default."""
+    return positive if isinstance(example, int) else zero_or_more if _is_float(example) else str

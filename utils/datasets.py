@@ -1,0 +1,152 @@
+"""Data sets read from disk, downloaded or drawn, each as one uint8 tensor of images and one tensor of labels."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torchvision.datasets
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from utils.errors import UserError
+from utils.shapes import CLASSES as SHAPES_CLASSES
+from utils.shapes import draw_shapes
+
+# Per-channel mean and standard deviation in [0, 1], as published victims of each data set use them.
+NORMALIZATION = {
+    "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "CIFAR100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "GTSRB": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+}
+GTSRB_IMAGES = {"train": 26_640, "test": 12_630}
+DOWNLOAD_TIMEOUT = 30  # seconds; a network that swallows packets must not hang the run
+
+
+@dataclass
+class ImageSet:
+    """images: (N, H, W, 3) uint8; labels: (N,) int64; classes: the K names."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list[str]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return tuple(self.images.shape[1:3])
+
+
+class ImageFiles(Dataset):
+    """A torchvision data set of image files: d[i] -> ((3, size, size) uint8, label, error message or "").
+
+    Errors are returned, since an exception in a DataLoader's worker ends in the tracebacks of several processes.
+    """
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+        self.files = dataset.samples if hasattr(dataset, "samples") else dataset._samples  # ImageFolder's, GTSRB's
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            return *self.dataset[i], ""
+        except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for a broken file
+            message = f"{self.files[i][0]}: {error or type(error).__name__}"
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, message
+
+
+def read_dataset(name: str, split: str, root: str, image_size: int) -> ImageSet:
+    """Read the "train" or "test" split of a data set in NORMALIZATION; a missing one is downloaded if possible.
+
+    Args:
+        root: the folder of torchvision's files, or of train/ and test/; shapes needs none.
+        image_size: side in pixels to which GTSRB and folder are resized.
+
+    Raises:
+        UserError: the data is missing and cannot be downloaded, or is damaged.
+    """
+    return ImageSet(*READERS[name](name, split, root, image_size))
+
+
+def _read_shapes(name, split, root, image_size):
+    return *draw_shapes(split), SHAPES_CLASSES
+
+
+def _read_cifar(name, split, root, image_size):
+    dataset = _load_torchvision(name, root, train=split == "train")
+    return torch.from_numpy(dataset.data), torch.tensor(dataset.targets), dataset.classes
+
+
+def _read_gtsrb(name, split, root, image_size):
+    dataset = _load_torchvision(name, root, split=split, transform=_resize(image_size))
+    if len(dataset) != GTSRB_IMAGES[split]:  # torchvision accepts a partly downloaded folder
+        folder = os.path.join(root, "gtsrb")
+        raise UserError(
+            f"{folder} has {len(dataset):,} of GTSRB's {GTSRB_IMAGES[split]:,} {split} images, probably from an "
+            f"interrupted download; remove {folder} and start again"
+        )
+    return *_decode(dataset, image_size), [str(label) for label in range(43)]
+
+
+def _read_folder(name, split, root, image_size):
+    path = os.path.join(root, split)
+    try:
+        dataset = torchvision.datasets.ImageFolder(path, transform=_resize(image_size))
+    except OSError as error:
+        raise UserError(f"--dataset folder needs images in {path}/<class>/: {error}".split("\n")[0]) from None
+    train_classes = sorted(entry.name for entry in os.scandir(os.path.join(root, "train")) if entry.is_dir())
+    if dataset.classes != train_classes:
+        unmatched = ", ".join(sorted(set(train_classes) ^ set(dataset.classes)))
+        raise UserError(f"train/ and test/ in {root} must have the same classes; only one of them has {unmatched}")
+    return *_decode(dataset, image_size), dataset.classes
+
+
+READERS = {
+    "CIFAR10": _read_cifar,
+    "CIFAR100": _read_cifar,
+    "GTSRB": _read_gtsrb,
+    "folder": _read_folder,
+    "shapes": _read_shapes,
+}
+
+
+def _load_torchvision(name, root, **arguments):
+    """A torchvision data set from disk, else from the network."""
+    dataset = getattr(torchvision.datasets, name)
+    try:
+        return dataset(root, download=False, **arguments)
+    except (RuntimeError, OSError):  # torchvision's errors for missing and for corrupt files
+        pass
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        return dataset(root, download=True, **arguments)
+    except Exception as error:  # noqa: BLE001 - no network, a full disk, a broken archive: the remedy is the same
+        raise UserError(
+            f"{name} is not complete in {root!r} and could not be downloaded ({error}); put torchvision's {name} files "
+            f"there, name their folder with --data_root or MCL_DATA_ROOT, or use --dataset shapes, which needs no files"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(previous_timeout)
+
+
+def _resize(size):
+    return v2.Compose([v2.Resize((size, size)), v2.PILToTensor()])
+
+
+def _decode(dataset, size):
+    """Read every image of a torchvision data set once, with workers, into one uint8 tensor."""
+    needed = 3 * size**2 * len(dataset)
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise UserError(f"images of --image_size {size} need {needed / 2**30:,.0f} GiB, more than this machine has")
+    loader = DataLoader(ImageFiles(dataset, size), batch_size=256, num_workers=min(8, os.cpu_count() or 1))
+    images, labels, messages = zip(*loader, strict=True)
+    errors = [message for batch in messages for message in batch if message]
+    if errors:
+        raise UserError(f"{len(errors)} of {len(dataset)} images cannot be read; the first: {errors[0]}")
+    return torch.cat(images).permute(0, 2, 3, 1).contiguous(), torch.cat(labels)

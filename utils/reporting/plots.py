@@ -1,0 +1,262 @@
+"""The pictures of a run: trigger.png, curves.png and per_class.png; features.png is drawn by feature_map.py."""
+
+import math
+import os
+
+import torch
+
+from utils.files import remove_file
+from utils.reporting.feature_map import draw_features, features_of
+from utils.reporting.picture import CLEAN, MODELS, TARGET, TRIGGERED, Picture, find_fonts, new_picture
+from utils.reporting.tables import METRICS, format_cell
+
+SAMPLE_SIZE = 700  # images on the feature map, and as many triggered ones; more would hide each other
+MAX_CLASSES = 50  # rows that are readable on one picture
+NAME_LENGTH = 28
+CLOSER_SPAN = 25  # percentage points; a wider range of values is not larger in a panel of half the height
+LINES = {  # metric -> the colour of the images that it is measured on, marker and line
+    "acc": (CLEAN, "o-"),
+    "acc_published": (CLEAN, "s--"),
+    "ra": (TRIGGERED, "^--"),
+    "asr": (TRIGGERED, "o-"),
+}
+CAPTIONS = {
+    "trigger.png": "The trigger on a test image, pixel by pixel.",
+    "features.png": "Pooled features g(x) of test images, scaled to length 1 because MCL's loss sees only directions, "
+    "on two principal components; in brackets, the fraction of a panel's variance along each. Triggered images carry "
+    "the true trigger.",
+    "curves.png": "Metrics by epoch, on a monitor set of training images; the test images are not used.",
+    "per_class.png": "Accuracy on the clean test images of each class.",
+}
+COMPARED_CAPTIONS = {  # added if there is a purified model
+    "trigger.png": " The inverted trigger is the pattern that the defense found.",
+    "features.png": " All panels show the same images: on the victim's axes, to show where the points went, and on the "
+    "purified model's own, where a cluster that the others do not show would appear.",
+}
+
+
+def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=None) -> list[Picture]:
+    """Draw every picture that applies to a run, and remove the curves of an earlier run if there are none.
+
+    Args:
+        classes: the K names.
+        sample: test images: .clean and .triggered batches of (images (B, 3, H, W) in [0, 1], labels) on the models'
+            device, and the (N,) .labels of the former; the triggered images are those with `attack.attackable(labels)`.
+        attack: with attackable(labels), and target: the target label, or None if there is no single one.
+        models: {"before": model} and, if there is one, "after"; with features((B, 3, H, W)) -> (B, D).
+        metrics: of each of them, as utils.metrics.evaluate returns them, under the same names.
+        history: a row for each epoch of the training (0: before it), some with metrics; [] if nothing was trained.
+        trigger: the inverted trigger that led to "after", as `draw_trigger` takes it, or None.
+
+    Returns:
+        the pictures in the order to show them; for missing curves, a caption that says why.
+
+    Raises:
+        RunError: a file cannot be written or removed.
+    """
+    target = attack.target
+    clean, triggered = (torch.cat([images.cpu() for images, _ in part]) for part in (sample.clean, sample.triggered))
+    clean = clean[attack.attackable(sample.labels)]
+    is_target = torch.zeros_like(sample.labels, dtype=torch.bool) if target is None else sample.labels == target
+    measured = [row for row in history if "asr" in row]
+    features = {
+        name: [features_of(model, part) for part in (sample.clean, sample.triggered)] for name, model in models.items()
+    }
+    draw = {
+        "trigger.png": lambda path: draw_trigger(path, clean, triggered, trigger),
+        "features.png": lambda path: draw_features(path, features, is_target, metrics),
+        "curves.png": lambda path: draw_curves(path, measured),
+        "per_class.png": lambda path: draw_per_class(path, classes, metrics, target),
+    }
+    missing = []
+    if not any(row["epoch"] > 0 for row in measured):
+        del draw["curves.png"]
+        remove_file(os.path.join(folder, "curves.png"))
+        missing = [Picture(None, "There are no curves: --print_freq left no epoch to measure.")] if history else []
+    for name, draw_to in draw.items():
+        draw_to(os.path.join(folder, name))
+    alts = _alternative_texts(metrics, measured, trigger)
+    added = COMPARED_CAPTIONS if "after" in models else {}
+    return [Picture(name, CAPTIONS[name] + added.get(name, ""), alts[name]) for name in draw] + missing
+
+
+def _alternative_texts(metrics, measured, trigger):
+    """Each picture in words, for readers who cannot see it."""
+    inverted = "" if trigger is None else f" and with the inverted one ({trigger.describe()})"
+    when = {name: f" {name}" if len(metrics) > 1 else "" for name in metrics}
+    asr = ", ".join(f"ASR {format_cell(model['asr'])} percent{when[name]}" for name, model in metrics.items())
+    ends = [measured[0], measured[-1]] if measured else []
+    lines = [f"{METRICS[key][0]} from {' to '.join(format_cell(row[key]) for row in ends)} percent" for key in LINES]
+    ranges = []
+    for name, model in metrics.items():
+        values = [value for value in model["per_class"] if value is not None and not math.isnan(value)]
+        ranges.append(f"{format_cell(min(values))} to {format_cell(max(values))} percent{when[name]}")
+    return {
+        "trigger.png": f"An enlarged test image, clean, with the true trigger{inverted}, and what is changed in it.",
+        "features.png": f"Scatter plot of the features of clean and triggered images; {asr}.",
+        "curves.png": f"Line plot, first to last epoch: {', '.join(lines)}.",
+        "per_class.png": f"Dot plot of the accuracy of each class: {', '.join(ranges)}.",
+    }
+
+
+def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor, inverted=None) -> None:
+    """Draw the true trigger on the first image and, if there is one, the inverted trigger beside it, enlarged.
+
+    Args:
+        clean, triggered: (N, 3, H, W) in [0, 1], images without and with the true trigger.
+        inverted: with apply and change, (3, H, W) -> (3, H, W), and describe(), or None.
+    """
+    patch, clean, triggered = stamped_patch(clean, triggered), clean[0], triggered[0]
+    is_patch = patch is not None
+    true_trigger = ("true trigger, as stamped", patch) if is_patch else change("true trigger", triggered - clean)
+    rows = [[("clean image", clean), ("with the true trigger", triggered), true_trigger]]
+    if inverted is not None:
+        stamped, grey = inverted.apply(clean), torch.full_like(clean, 0.5)
+        # A patch is compared on grey, since a difference on the image has the image's colours.
+        rest = 2 * (patch - inverted.apply(grey)) if is_patch else triggered - stamped
+        inverted_change = change(f"inverted: {inverted.describe()}", inverted.change(clean))
+        rows = [
+            [("with the true trigger", triggered), ("with the inverted trigger", stamped), ("clean image", clean)],
+            [true_trigger, inverted_change, change("true minus inverted", rest)],
+        ]
+    with new_picture(path, 7, 2.5 * len(rows) + 0.25) as figure:
+        for panels, row in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
+            for axes, (title, pixels) in zip(panels, row, strict=True):
+                axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
+                axes.set(title=title, xticks=[], yticks=[])
+                axes.grid(False)
+                axes.spines[:].set_visible(True)
+        figure.supxlabel("Mid-grey: unchanged. In changes, brighter is added and darker is removed.", fontsize=8)
+
+
+def stamped_patch(clean: torch.Tensor, triggered: torch.Tensor) -> torch.Tensor | None:
+    """A trigger that overwrites pixels: its own values on mid-grey, (3, H, W).
+
+    Args:
+        clean, triggered: (N, 3, H, W) in [0, 1].
+
+    Returns:
+        None if the changed pixels are not the same on all images (blended, warped), or if one image cannot tell.
+    """
+    changed = (triggered != clean).any(1).any(0)
+    values = triggered[:, :, changed]
+    if len(clean) < 2 or not changed.any() or (values != values[0]).any():
+        return None
+    return torch.where(changed, triggered[0], 0.5)
+
+
+def change(title: str, pixels: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """A signed change in [-1, 1] as a picture in [0, 1], mid-grey where it is 0; a faint change is amplified.
+
+    Returns:
+        the title, with the factor of the amplification if there is one, and the picture, of the shape of `pixels`.
+    """
+    peak = pixels.abs().max().item()
+    factor = max(1, int(1 / peak)) if peak else 1
+    return title if factor == 1 else f"{title}, x{factor}", (0.5 + factor * pixels / 2).clamp(0, 1)
+
+
+def draw_curves(path: str, rows: list[dict]) -> None:
+    """Draw ACC, ACC*, RA and ASR by epoch; after a row of epoch 0, panels show later epochs closer where that helps.
+
+    Args:
+        rows: one for each epoch: "epoch" and the metrics of LINES in percent.
+    """
+    later = [row for row in rows if row["epoch"] > 0]
+    has_start = len(later) < len(rows)
+    groups = [("acc", "acc_published", "ra"), ("asr",)] if has_start and len(later) > 1 else []
+    groups = [keys for keys in groups if _span(later, keys) <= CLOSER_SPAN]
+    with new_picture(path, 7 if groups else 5, 3.4) as figure:
+        grid = figure.add_gridspec(max(len(groups), 1), 2, width_ratios=[3, 2])
+        axes = figure.add_subplot(grid[:, 0] if groups else grid[:, :])
+        _draw_lines(axes, rows, LINES)
+        axes.set(ylabel="percent", ylim=(-3, 103), xlabel="epoch (0: the victim)" if has_start else "epoch")
+        figure.legend(loc="outside upper center", ncols=len(LINES))
+        panels = [figure.add_subplot(grid[i, 1]) for i in range(len(groups))]
+        for panel, keys in zip(panels, groups, strict=True):
+            _draw_lines(panel, later, keys)
+            panel.set(ylabel="percent")
+        if panels:
+            panels[0].set(title="closer")
+            panels[-1].set(xlabel="epoch")
+            figure.align_ylabels(panels)
+
+
+def _span(rows, keys):
+    """Largest minus smallest value; infinite if nothing was measured."""
+    values = [row[key] for row in rows for key in keys if row[key] is not None and not math.isnan(row[key])]
+    return max(values) - min(values) if values else math.inf
+
+
+def _draw_lines(axes, rows, keys):
+    for key in keys:
+        colour, line = LINES[key]
+        epochs, values = [row["epoch"] for row in rows], [row[key] for row in rows]
+        axes.plot(epochs, values, line, color=colour, label=METRICS[key][0], markersize=4.5, clip_on=False)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], target: int | None) -> None:
+    """Draw a row for each class and a dot for each model; of very many classes, the target and those that changed most.
+
+    Args:
+        classes: the names, at most K.
+        metrics: "before" and, if there is one, "after", each with "acc" and "per_class": K percentages (nan: no image).
+        target: the label to highlight, or None.
+    """
+    accuracies = torch.tensor([model["per_class"] for model in metrics.values()])[:, : len(classes)]
+    labels = classes_to_show(accuracies, target)
+    accuracies = accuracies[:, labels]
+    names, fonts = class_names({label: classes[label] for label in labels})
+    with new_picture(path, 6, 1.2 + 0.22 * len(labels)) as figure:
+        axes, positions = figure.add_subplot(), range(len(labels))
+        if target in labels:
+            axes.axhspan(labels.index(target) - 0.5, labels.index(target) + 0.5, color="#F0F0F0", zorder=0)
+        axes.hlines(positions, accuracies.amin(0), accuracies.amax(0), color="#BBBBBB", zorder=1)
+        for (model, measured), values in zip(metrics.items(), accuracies, strict=True):
+            dots, line = (model, f"all classes {model}") if len(metrics) > 1 else ("one class", "all classes")
+            size = 70 if model == "before" else 24  # both are visible where they coincide
+            axes.scatter(values, positions, s=size, color=MODELS[model], zorder=2, label=dots, clip_on=False)
+            axes.axvline(measured["acc"], color=MODELS[model], linestyle=":", label=line)
+        axes.set_yticks(positions, [names[label] + ("  (target)" if label == target else "") for label in labels])
+        for label, text in zip(labels, axes.get_yticklabels(), strict=True):
+            is_bold = label == target and len(fonts) == 1  # other fonts may have no bold face
+            text.set(color=TARGET, family=fonts, fontweight="bold" if is_bold else "normal")
+        axes.set(xlabel="accuracy, percent", ylim=(len(labels) - 0.4, -0.6))
+        left, right = axes.get_xlim()
+        axes.set_xlim(min(left, right - 10), right)  # a tenth of a point must not look like a gulf
+        if len(labels) < len(classes):
+            rest = "that changed most" if len(metrics) > 1 else "of lowest accuracy"
+            axes.set(title=f"{len(labels)} of {len(classes)} classes: the target and those {rest}")
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper center", ncols=len(metrics) * 2)
+
+
+def classes_to_show(accuracies: torch.Tensor, target: int | None) -> list[int]:
+    """All K labels in order, or MAX_CLASSES of them: the target and those whose accuracy changed most.
+
+    Args:
+        accuracies: (1 or 2, K) in percent; of one model, the classes of lowest accuracy are taken.
+    """
+    weight = (accuracies[-1] - accuracies[0]).abs() if len(accuracies) > 1 else -accuracies[0]
+    weight = weight.nan_to_num(nan=-1e3)
+    if target is not None and target < len(weight):
+        weight[target] = float("inf")
+    return sorted(weight.argsort(descending=True, stable=True)[:MAX_CLASSES].tolist())
+
+
+def class_names(classes: dict[int, str]) -> tuple[dict[int, str], list[str]]:
+    """Names as short lines, which can be drawn in one of the fonts returned with them.
+
+    A blank name, or one with a letter that no installed font has, becomes "class <label>".
+
+    Args:
+        classes: label -> name; folders can have any name.
+    """
+    lines = {label: "".join(x if x.isprintable() else "?" for x in name) for label, name in classes.items()}
+    fonts, missing = find_fonts("".join(lines.values()))
+    names = {}
+    for label, line in lines.items():
+        short = line if len(line) <= NAME_LENGTH else line[: NAME_LENGTH - 3] + "..."
+        names[label] = f"class {label}" if missing.intersection(line) or not line.strip() else short
+    return names, fonts

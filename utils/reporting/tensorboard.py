@@ -1,0 +1,26 @@
+"""The curves of a training for TensorBoard, if that package is installed."""
+
+from utils.errors import UserError
+
+
+def open_tensorboard(folder: str):
+    """Return a function log(metrics, epoch) that writes each metric as a point of a curve, immediately, into `folder`.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # imported here: only --tensorboard needs it
+    except ImportError:
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    writer = None
+
+    def log(metrics, epoch):
+        nonlocal writer
+        # purge_step: TensorBoard drops what an earlier run of this name wrote from this epoch on.
+        writer = writer or SummaryWriter(folder, purge_step=epoch)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, epoch)
+        writer.flush()
+
+    return log
