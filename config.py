@@ -36,6 +36,7 @@ TRAINING = {
 POISON_RATES = {"all2one": 0.1, "all2all": 0.2, "cleanLabel": 0.5}
 
 # trigger -> the name of its victims, its usual label mode, its options, and those for training images alone
+# fmt: off
 ATTACKS = {
     "gridTrigger": {"name": "badnet", "target_type": "all2one"},
     "squareTrigger": {"name": "square", "target_type": "all2one", "options": {"trig_w": 3, "trig_h": 3}},
@@ -43,26 +44,15 @@ ATTACKS = {
     "centerTrigger": {"name": "center", "target_type": "all2one"},
     "randomPixelTrigger": {"name": "pixels", "target_type": "all2one", "options": {"opacity": 0.2}},
     "blendTrigger": {"name": "blend", "target_type": "all2one", "options": {"opacity": 0.2, "trigger_image": None}},
-    "trojanTrigger": {
-        "name": "trojan",
-        "target_type": "all2one",
-        "options": {"trig_w": 5, "trig_h": 5},
-        "training": {"surrogate": None},
-    },
-    "signalTrigger": {
-        "name": "sig",
-        "target_type": "cleanLabel",
-        "options": {"delta": 40.0},
-        "training": {"train_delta": 30.0},
-    },
+    "trojanTrigger": {"name": "trojan", "target_type": "all2one",
+                      "options": {"trig_w": 5, "trig_h": 5}, "training": {"surrogate": None}},
+    "signalTrigger": {"name": "sig", "target_type": "cleanLabel",
+                      "options": {"delta": 40.0}, "training": {"train_delta": 30.0}},
     "clTrigger": {"name": "cl", "target_type": "cleanLabel", "training": {"epsilon": 8, "surrogate": None}},
-    "wanetTrigger": {
-        "name": "wanet",
-        "target_type": "all2one",
-        "options": {"warp": 1.0},
-        "training": {"noise_ratio": 1.0},
-    },
+    "wanetTrigger": {"name": "wanet", "target_type": "all2one",
+                     "options": {"warp": 1.0}, "training": {"noise_ratio": 1.0}},
 }
+# fmt: on
 
 # The defender's clean images (main.py)
 RATIO = 0.05  # clean split: fraction of the training images

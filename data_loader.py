@@ -190,8 +190,7 @@ def get_backdoor_loader(
     rng = generator(opt.seed, "batches")
     augment = {"shuffle": True, "padding": TRAIN_PADDING, "drop_last": True, "rng": rng}
     batches = Batches(poisoned, opt.batch_size, device, **augment, shard=shard)
-    index = evenly_spaced(len(train_set.labels), MONITOR_IMAGES)
-    monitor_set = get_eval_set(train_set.images[index], train_set.labels[index], attack, device)
+    monitor_set = get_eval_set(train_set.images, train_set.labels, attack, device, MONITOR_IMAGES)
     return batches, monitor_set, poisoned.poisoned.nonzero()[:, 0]
 
 
@@ -206,8 +205,8 @@ def get_clean_split(opt, train_set: ImageSet, attack: Attack, device) -> CleanSp
 
     unused = torch.ones(len(train_set.labels), dtype=torch.bool)
     unused[split.index] = False
-    candidates = unused.nonzero()[:, 0] if unused.any() else split.index
-    index = candidates[evenly_spaced(len(candidates), MONITOR_IMAGES)]
+    index = unused.nonzero()[:, 0] if unused.any() else split.index
+    index = index[evenly_spaced(len(index), MONITOR_IMAGES)]
     monitor_set = get_eval_set(train_set.images[index], train_set.labels[index], attack, device)
     train = batches(CLEAN_PADDING if opt.augment == "crop_flip" else None, "batches")
     plain, search = batches(None, "plain batches"), batches(None, "search batches")
@@ -220,8 +219,11 @@ def evenly_spaced(total: int, limit: int) -> torch.Tensor:
     return torch.arange(count) * total // count
 
 
-def get_eval_set(images, labels, attack: Attack, device) -> EvalSet:
-    """Clean and triggered batches of the same images."""
+def get_eval_set(images, labels, attack: Attack, device, limit: int | None = None) -> EvalSet:
+    """Clean and triggered batches of the same images: of all, or of up to `limit` that are evenly spaced."""
+    if limit is not None:
+        index = evenly_spaced(len(labels), limit)
+        images, labels = images[index], labels[index]
     clean, triggered = TensorImages(images, labels), DatasetBD(images, labels, attack, "test")
     return EvalSet(Batches(clean, EVAL_BATCH, device), Batches(triggered, EVAL_BATCH, device), labels)
 

@@ -15,7 +15,7 @@ from argparse import Namespace
 
 import config
 from attacks import Attack, build_attack
-from data_loader import evenly_spaced, get_clean_split, get_eval_set, get_normalization, load_images
+from data_loader import get_clean_split, get_eval_set, get_normalization, load_images
 from defenses import DEFENSE_FUNCTIONS, DefenseContext
 from defenses.inversion import ANY_OTHER, choose_label, label_name, search_target
 from models.loading import load_classifier
@@ -99,12 +99,10 @@ def run(opt, explicit, name) -> dict:
     print("", published_table(opt.dataset, **metrics, defense=opt.defense), "", sep="\n")
     print(metrics_table(test_set.classes, **metrics))
     metrics = run_metrics(opt, metrics, target, scores, trigger)
-    index = evenly_spaced(len(test_set.labels), SAMPLE_SIZE)
-    sample = get_eval_set(test_set.images[index], test_set.labels[index], attack, device)
+    sample = get_eval_set(test_set.images, test_set.labels, attack, device, SAMPLE_SIZE)
     output = {"classes": test_set.classes, "sample": sample, "attack": attack, "models": models, "history": history}
-    metrics = save_results(
-        results, name, metrics, **output, options=vars(opt), device=device, clock=clock, trigger=trigger
-    )
+    output |= {"options": vars(opt), "device": device, "clock": clock, "trigger": trigger}
+    metrics = save_results(results, name, metrics, **output)
     print(f"\nreport: {os.path.join(results, 'report.html')}\n{verdict(metrics)}")
     return metrics
 

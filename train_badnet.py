@@ -17,13 +17,7 @@ import torch.nn.functional as F
 
 import config
 from attacks import TRIGGERS, build_attack
-from data_loader import (
-    evenly_spaced,
-    get_backdoor_loader,
-    get_eval_set,
-    get_normalization,
-    load_images,
-)
+from data_loader import get_backdoor_loader, get_eval_set, get_normalization, load_images
 from models import select_model
 from models.loading import load_clean_model
 from utils.checkpoint import find_weights, load_weights, save_checkpoint
@@ -79,13 +73,10 @@ def main():
         metrics = evaluate(model, test, attack)
     print(metrics_table(test_set.classes, metrics))
     save_checkpoint(weights, model, **metadata, metrics=metrics)
-    index = evenly_spaced(len(test_set.labels), SAMPLE_SIZE)
-    sample = get_eval_set(test_set.images[index], test_set.labels[index], attack, device)
+    sample = get_eval_set(test_set.images, test_set.labels, attack, device, SAMPLE_SIZE)
     output = {"classes": test_set.classes, "sample": sample, "attack": attack, "models": {"before": model}}
-    metrics, name = {"model": weights, "victim": metrics}, os.path.basename(results)
-    metrics = save_results(
-        results, name, metrics, **output, history=history, options=vars(opt), device=device, clock=clock
-    )
+    output |= {"history": history, "options": vars(opt), "device": device, "clock": clock}
+    metrics = save_results(results, os.path.basename(results), {"model": weights, "victim": metrics}, **output)
     run.end()
     print(f"victim: {weights}   report: {os.path.join(results, 'report.html')}\n{verdict(metrics)}")
 
