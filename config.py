@@ -81,7 +81,7 @@ DEFENSES = {
         "augment": "crop_flip",  # published: none
         "temperature": 0.15,  # published: 0.5
         "align_weight": 12.0,  # of 1 - cos(z, z+); published: 0
-        "contrast": "others",  # images of the target class are left out; published: all
+        "contrast": "others",  # images in the contrast: not the target class's; published: all
         "ema": 0.97,  # decay of the averaged weights; published: 0, the last weights
     },
     "ft": {  # as NAD's authors fine-tune
@@ -119,6 +119,7 @@ DEFENSES = {
 # The options, a line each. Their defaults are the values above.
 
 SCHEDULE_NAMES = ["onecycle", "cosine", "steps", "drop"]
+CONTRASTS = ["others", "all", "none"]
 
 
 def trigger_options(training: bool = False) -> dict[str, dict]:
@@ -218,7 +219,7 @@ def _add_defense(parser):
     add_own("augment", "augmentation of the clean split", choices=["crop_flip", "none"])
     add_own("temperature", "temperature t of the contrastive loss", type=cli.above_zero)
     add_own("align_weight", "weight of the alignment loss, 1 - cos(z, z+)", type=cli.zero_or_more)
-    add_own("contrast", "images in the contrastive loss; others: not the target's", choices=["others", "all"])
+    add_own("contrast", "images in the contrast; others: not the target's; none: alignment alone", choices=CONTRASTS)
     add_own("ema", "decay of the averaged weights; 0: no averaging", type=cli.decay)
     add_own("rho", "radius of the sharpness search, relative to the weights", type=cli.above_zero)
     add_own("alpha", "weight of the product of the new and the old last layer", type=cli.zero_or_more)

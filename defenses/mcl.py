@@ -44,7 +44,8 @@ def defend(
     Args:
         context: a defenses.base.DefenseContext.
         positive: the model of the positive features z+: "finetuned" (f_F) or "backdoored" (the victim).
-        contrast: "others" leaves images of the target label out of the contrast, "all" does not.
+        contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
+            leaves the alignment alone.
         sgd: arguments of utils.training.train that fine-tuning and purification share.
 
     Raises:
@@ -69,6 +70,7 @@ def defend(
             align_weight=align_weight,
             mirror=context.augmented,
             target=context.target if contrast == "others" else None,
+            contrast=contrast != "none",
             epochs=epochs,
             lr=lr,
             monitor=context.monitor,
@@ -137,7 +139,9 @@ def clean_finetune(victim, batches, device, *, mirror, **training):
     return model.eval().requires_grad_(False)
 
 
-def purify(victim, positive, patterns, batches, device, *, temperature, align_weight, mirror, target, **training):
+def purify(
+    victim, positive, patterns, batches, device, *, temperature, align_weight, mirror, target, contrast=True, **training
+):
     """Make f_S from f_B by contrastive learning on the clean split.
 
     Args:
@@ -148,6 +152,7 @@ def purify(victim, positive, patterns, batches, device, *, temperature, align_we
         mirror: average z+ over the image and its mirror image.
         target: images of this label are left out of the contrast, since their positive and negative nearly coincide, so
             pushing hurts that class; None: no image is left out.
+        contrast: whether the contrastive loss is part of the objective; without it, align_weight must be above 0.
         training: arguments of utils.training.train; ema averages the student's weights over the last steps.
 
     Returns:
@@ -168,9 +173,11 @@ def purify(victim, positive, patterns, batches, device, *, temperature, align_we
             z = features[len(images) :]
         else:
             z, alignment = student.features(triggered), 0.0
+        if not contrast:
+            return alignment
         mask = torch.ones_like(labels) if target is None else labels != target
-        contrast = contrastive_loss(z, z_positive, z_negative, temperature)
-        return (contrast * mask).sum() / mask.sum().clamp(min=1) + alignment
+        losses = contrastive_loss(z, z_positive, z_negative, temperature)
+        return (losses * mask).sum() / mask.sum().clamp(min=1) + alignment
 
     history = train(student, batches, loss_of, device, title="purify", **training)
     return student.eval(), history

@@ -40,6 +40,8 @@ from utils.errors import RunError, UserError, run_script
         (["--defense", "ft", "--temperature", "1"], "--temperature applies only with --defense mcl"),
         (["--defense", "fst", "--target", "3"], "--target applies only with --defense mcl or nc"),
         (["--defense", "ibau", "--momentum", "0"], "--momentum applies only with --defense mcl or ft or nad or nc"),
+        (["--contrast", "none", "--align_weight", "0"], "--contrast applies only with --align_weight above 0"),
+        (["--contrast", "none", "--temperature", "1"], "--temperature applies only with --contrast others or all"),
         (["--target", "3", "--force"], "--force applies only with --target auto"),
         (["--target", "-1"], "-1 is not auto, any, or a label"),
         (["--resume"], "--resume applies only with --defense all or several models"),

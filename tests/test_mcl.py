@@ -152,7 +152,7 @@ def test_images_of_the_target_class_alone_give_no_contrast(victim, trigger):
 
 
 def loss_by_hand(student, victim, positive, images, triggered, in_contrast, mirror, temperature, align_weight):
-    """MCL's loss of one batch, with the contrast of the images `in_contrast`, (B,) bool."""
+    """MCL's loss of one batch; the contrast is that of the images `in_contrast`, (B,) bool, or none."""
     z_positive = positive.features(images)
     if mirror:
         z_positive = (z_positive + positive.features(images.flip(3))) / 2
@@ -161,7 +161,8 @@ def loss_by_hand(student, victim, positive, images, triggered, in_contrast, mirr
     to_positive = torch.cosine_similarity(features, torch.cat([z_positive, z_positive]))
     near = (to_positive[len(images) :] / temperature).exp()
     far = (torch.cosine_similarity(z, z_negative) / temperature).exp()
-    return -(near / (near + far)).log()[in_contrast].mean() + align_weight * (1 - to_positive).mean()
+    alignment = align_weight * (1 - to_positive).mean()
+    return alignment if in_contrast is None else alignment - (near / (near + far)).log()[in_contrast].mean()
 
 
 def test_the_loss_of_a_batch_by_hand(victim, trigger, batches):
@@ -173,7 +174,7 @@ def test_the_loss_of_a_batch_by_hand(victim, trigger, batches):
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-@pytest.mark.parametrize("contrast", ["others", "all"])
+@pytest.mark.parametrize("contrast", ["others", "all", "none"])
 @pytest.mark.parametrize("positive", ["finetuned", "backdoored"])
 def test_the_defense_on_one_batch_by_hand(make_context, victim, trigger, batches, positive, contrast, augmented):
     images, labels = batches[0]
@@ -188,7 +189,7 @@ def test_the_defense_on_one_batch_by_hand(make_context, victim, trigger, batches
     assert (len(patterns) > len(images)) == augmented
     student = copy.deepcopy(victim).requires_grad_(True).train()
     student.head.load_state_dict(positive_model.head.state_dict())
-    in_contrast = labels != target if contrast == "others" else torch.ones(8, dtype=torch.bool)
+    in_contrast = {"others": labels != target, "all": torch.ones(8, dtype=torch.bool), "none": None}[contrast]
     assert 0 < (labels == target).sum() < 8
     models = student, victim, positive_model
     loss = loss_by_hand(*models, images, apply_patterns(images, patterns), in_contrast, augmented, 0.5, 3.0)
@@ -205,6 +206,7 @@ def test_the_defense_on_one_batch_by_hand(make_context, victim, trigger, batches
         {"finetune_epochs": 2},
         {"finetune_lr": 0.01},
         {"contrast": "all"},
+        {"contrast": "none"},
         {"temperature": 0.1},
         {"align_weight": 0.0},
         {"ema": 0.0},
