@@ -118,7 +118,7 @@ DEFENSES = {
 
 # The options, a line each. Their defaults are the values above.
 
-SCHEDULE_NAMES = ["onecycle", "cosine", "steps", "drop"]
+SCHEDULE_NAMES = ["onecycle", "cosine", "constant", "steps", "drop"]
 CONTRASTS = ["others", "all", "none"]
 
 
@@ -154,6 +154,9 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
     add("--precision", choices=["auto", "fp32", "bf16"], help="of training; auto: bf16 where it is fast")
     add("--print_freq", type=cli.count, help="measure ACC and ASR every so many epochs of training; 0: never")
     add("--tensorboard", action="store_true", help="also log these measurements for TensorBoard")
+    if not training:
+        add("--retune", type=cli.positive, nargs="+", metavar="K", help="also attack the result with K poisoned images")
+        add("--retune_reference", help="clean model to compare with (default: weight/<dataset>/WRN-16-1-clean.pth.tar)")
     add("--checkpoint_root", help="folder for weights")
     add("--log_root", help="folder for results")
     add("--name", help="name of this run's files (default: made from the options)")

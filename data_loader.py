@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from attacks import Attack
+from attacks.retune import BATCH_SIZE as RETUNE_BATCH
+from attacks.retune import CLEAN_IMAGES, DRAWS
 from utils.datasets import NORMALIZATION, ImageSet, read_dataset
 from utils.errors import UserError
 from utils.seed import generator
@@ -169,7 +171,9 @@ def load_images(opt, split: str) -> ImageSet:
 
 def get_normalization(opt) -> tuple:
     """Mean and standard deviation per channel, for images in [0, 1]."""
-    return NORMALIZATION[opt.dataset] if opt.normalize == "dataset" else ((0.0,) * 3, (1.0,) * 3)
+    if opt.normalize == "dataset":
+        return NORMALIZATION[opt.dataset]
+    return ((0.0,) * 3, (1.0,) * 3) if opt.normalize == "none" else opt.normalize  # numbers that a checkpoint states
 
 
 def get_backdoor_loader(
@@ -203,14 +207,40 @@ def get_clean_split(opt, train_set: ImageSet, attack: Attack, device) -> CleanSp
         rng = generator(opt.seed, purpose)
         return Batches(split, opt.batch_size, device, shuffle=True, padding=padding, drop_last=True, rng=rng)
 
-    unused = torch.ones(len(train_set.labels), dtype=torch.bool)
-    unused[split.index] = False
-    index = unused.nonzero()[:, 0] if unused.any() else split.index
+    unused = _positions_outside(split, len(train_set.labels))
+    index = unused if len(unused) else split.index
     index = index[evenly_spaced(len(index), MONITOR_IMAGES)]
     monitor_set = get_eval_set(train_set.images[index], train_set.labels[index], attack, device)
     train = batches(CLEAN_PADDING if opt.augment == "crop_flip" else None, "batches")
     plain, search = batches(None, "plain batches"), batches(None, "search batches")
     return CleanSplit(train, plain, search, split.index, monitor_set)
+
+
+def get_retuning_batches(opt, train_set: ImageSet, attack: Attack, device) -> dict[int, list[Batches]]:
+    """The data of the re-tuning attack (attacks.retune): clean images and K poisoned ones, outside the clean split.
+
+    Returns:
+        for each K of --retune the batches of DRAWS draws; a smaller K has the first poisoned images of a larger one.
+
+    Raises:
+        UserError: too few images.
+    """
+    split = DatasetCL(train_set.images, train_set.labels, opt.ratio, generator(opt.seed, "split"))
+    unused, batches = _positions_outside(split, len(train_set.labels)), {count: [] for count in opt.retune}
+    for draw in range(DRAWS):
+        order = unused[torch.randperm(len(unused), generator=generator(opt.seed, f"retune {draw}"))]
+        clean, others = order[:CLEAN_IMAGES], order[CLEAN_IMAGES:]
+        candidates = others[attack.attackable(train_set.labels[others])]
+        for count in opt.retune:
+            if len(candidates) < count:
+                raise UserError(f"--retune {count} needs more images than the {len(candidates)} left; lower it")
+            poisoned = candidates[:count]
+            images = torch.cat([train_set.images[clean], attack.stamp(train_set.images[poisoned])])
+            labels = torch.cat([train_set.labels[clean], attack.attack_labels(train_set.labels[poisoned])])
+            rng = generator(opt.seed, f"retune batches {draw}")
+            data = TensorImages(images, labels)
+            batches[count].append(Batches(data, RETUNE_BATCH, device, shuffle=True, rng=rng))
+    return batches
 
 
 def evenly_spaced(total: int, limit: int) -> torch.Tensor:
@@ -231,3 +261,10 @@ def get_eval_set(images, labels, attack: Attack, device, limit: int | None = Non
 def _check_batch_size(data, batch_size, name):
     if len(data) < batch_size:
         raise UserError(f"{name} has {len(data)} images, fewer than one batch of {batch_size}; lower --batch_size")
+
+
+def _positions_outside(split, total):
+    """(n,) positions of the training images that are not in the clean split, in rising order."""
+    unused = torch.ones(total, dtype=torch.bool)
+    unused[split.index] = False
+    return unused.nonzero()[:, 0]

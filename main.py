@@ -12,13 +12,15 @@ Writes weight/<name>.tar and results/<name>/: metrics.json, history.csv, picture
 
 import os
 from argparse import Namespace
+from functools import partial
 
 import config
 from attacks import Attack, build_attack
-from data_loader import get_clean_split, get_eval_set, get_normalization, load_images
+from attacks.retune import retuned_metrics
+from data_loader import get_clean_split, get_eval_set, get_normalization, get_retuning_batches, load_images
 from defenses import DEFENSE_FUNCTIONS, DefenseContext
 from defenses.inversion import ANY_OTHER, choose_label, label_name, search_target
-from models.loading import load_classifier
+from models.loading import load_classifier, load_clean_model
 from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
 from utils.cli import is_comparison
 from utils.device import keep_freed_memory, pick_device, pick_precision
@@ -29,7 +31,7 @@ from utils.progress import Stopwatch
 from utils.reporting.comparison import comparison_row, comparison_text, write_comparison
 from utils.reporting.plots import SAMPLE_SIZE
 from utils.reporting.save import save_results
-from utils.reporting.tables import metrics_table, published_table, search_table, verdict
+from utils.reporting.tables import metrics_table, published_table, retuned_table, search_table, verdict
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
 from utils.seed import generator
@@ -71,6 +73,8 @@ def run(opt, explicit, name) -> dict:
         check_target(opt.target, attack.num_class)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
+        retuning = get_retuning_batches(opt, train_set, attack, device) if opt.retune else None
+        reference = load_reference(opt, attack.num_class, device) if opt.retune else None
         train_count = len(train_set.labels)
         del train_set  # 150 MB that are no longer needed
         keep_freed_memory()
@@ -84,21 +88,22 @@ def run(opt, explicit, name) -> dict:
     if opt.defense != "none" and not found_nothing:
         goal = "" if target is None else f"; defending against {label_name(target)}"
         print(f"clean split: {len(split.index):,} of {train_count:,} training images{goal}")
-        monitor = timed_monitor(split.monitor_set, attack, opt.print_freq, log, clock)
+        monitor = clock("evaluate")(make_monitor(split.monitor_set, attack, opt.print_freq, log))
         history = [{"epoch": 0, **monitor(victim, 0)}]
         models["after"], rows, trigger = defend(opt, victim, split, target, device, clock, monitor)
         history += rows
         with clock("evaluate"):
             metrics["after"] = evaluate(models["after"], test, attack)
-        remove_file(os.path.join(results, "metrics.json"))  # of an earlier run, whose weights are about to be replaced
-        save_checkpoint(purified_path, models["after"], **metadata, metrics=metrics["after"])
-        print(f"purified model: {purified_path}")
+        save_purified(purified_path, results, models["after"], {**metadata, "metrics": metrics["after"]})
     elif os.path.exists(purified_path):
         print(f"nothing was purified; {purified_path} is from an earlier run")
 
     print("", published_table(opt.dataset, **metrics, defense=opt.defense), "", sep="\n")
     print(metrics_table(test_set.classes, **metrics))
     metrics = run_metrics(opt, metrics, target, scores, trigger)
+    if retuning:
+        retuned = {"retuned": models.get("after", victim), "retuned_reference": reference}
+        metrics |= clock("retune")(measure_retuned)(retuned, retuning, test, attack, device)
     sample = get_eval_set(test_set.images, test_set.labels, attack, device, SAMPLE_SIZE)
     output = {"classes": test_set.classes, "sample": sample, "attack": attack, "models": models, "history": history}
     output |= {"options": vars(opt), "device": device, "clock": clock, "trigger": trigger}
@@ -207,15 +212,28 @@ def defend(opt, victim, split, target, device, clock, monitor):
     return DEFENSE_FUNCTIONS[opt.defense](context, precision=opt.precision, **settings)
 
 
-def timed_monitor(monitor_set, attack, every, log, clock):
-    """make_monitor's function; its time counts as evaluation, not as the defense's own."""
-    measure = make_monitor(monitor_set, attack, every, log)
+def save_purified(path, results, model, metadata):
+    """Write the purified weights."""
+    remove_file(os.path.join(results, "metrics.json"))  # of an earlier run, whose weights are replaced now
+    save_checkpoint(path, model, **metadata)
+    print(f"purified model: {path}")
 
-    def monitor(model, epoch):
-        with clock("evaluate"):
-            return measure(model, epoch)
 
-    return monitor
+def load_reference(opt, num_class, device):
+    """The clean model to compare a re-tuned model with; None if none is given and none is shipped."""
+    path = opt.retune_reference or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
+    if not opt.retune_reference and not os.path.isfile(path):
+        return None
+    hint = "pass another --retune_reference"
+    return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, hint)
+
+
+def measure_retuned(models, batches, test, attack, device) -> dict:
+    """The re-tuning attack on each of the models that is not None: rows for metrics.json."""
+    measure = partial(evaluate, eval_set=test, attack=attack)
+    rows = {name: model and retuned_metrics(model, batches, measure, device) for name, model in models.items()}
+    print("", retuned_table(**rows), sep="\n")
+    return rows
 
 
 def run_metrics(opt, metrics, target, scores, trigger) -> dict:

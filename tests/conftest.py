@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from defenses import DefenseContext
 from defenses.inversion import InvertedTrigger
+from defenses.inversion.patterns import PixelForm
 from models import select_model
 from utils.progress import Stopwatch
 
@@ -38,6 +39,20 @@ def sgd_step_by_hand(student, loss, lr):
 def assert_weights(model, expected, atol=1e-6):
     """Check a model's weights against a dict of tensors by name."""
     torch.testing.assert_close(dict(model.requires_grad_(False).named_parameters()), expected, rtol=1e-4, atol=atol)
+
+
+class RecordingForm(PixelForm):
+    """Records the parameters in each update of an inversion, and the weights of their penalties."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.parameters, self.weights = [], []
+
+    def penalty(self, parameters):
+        self.parameters.append(parameters.detach().clone())
+        penalty = super().penalty(parameters)
+        penalty.register_hook(lambda gradient: self.weights.append(gradient.tolist()))  # of the loss, by the penalty
+        return penalty
 
 
 @pytest.fixture

@@ -119,3 +119,16 @@ def test_a_run_is_finished_only_with_the_same_options_and_model(tmp_path):
     assert finished_run(str(tmp_path), options, str(model)) is None
     (tmp_path / "metrics.json").write_text("[1, 2")
     assert finished_run(str(tmp_path), options, str(model)) is None
+
+
+def test_asr_after_retuning_is_a_column_of_its_own():
+    def retuned(row, asr):
+        return {**row, "retuned_50": asr}
+
+    rows = [retuned(ROWS[0], 3.0), retuned(ROWS[1], 99.0)]
+    ((_, header, cells),) = comparison_tables(rows, "<{}>".format)
+    assert (header[-1], [row[-1] for row in cells]) == ("ASR re-tuned, 50", ["", "<3.00>", "99.00"])
+    tables = comparison_tables([*rows, {**rows[0], "victim": "two"}], str)
+    assert tables[-1][:2] == ("ASR re-tuned, 50", ["victim", "mcl", "nad"])
+    metrics = {"before": BEFORE, "after": None, "seed": 1, "detected_label": 5, "seconds": {}}
+    assert comparison_row("one", "mcl", {**metrics, "retuned": {"50": {"asr": 4.0}}})["retuned_50"] == 4.0

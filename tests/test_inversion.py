@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import RecordingForm
 
 from defenses import DefenseContext
 from defenses.inversion import ANY_OTHER, InvertedTrigger, apply_patterns, shifted_patterns
 from defenses.inversion import invert as invert_module
 from defenses.inversion.invert import find_waves, invert_trigger, invert_warp, noise_around, optimise_pattern
-from defenses.inversion.patterns import PixelForm
 from utils.errors import RunError
 from utils.progress import Stopwatch, progress_bar
 
@@ -145,26 +145,14 @@ def test_images_of_the_target_class_are_left_out(batches):
     assert torch.equal(alone.pattern, mixed.pattern)
 
 
-class RecordingForm(PixelForm):
-    """Records the weight of its penalty in each step: the gradient of the loss by the penalty."""
-
-    def __init__(self, shape):
-        super().__init__(shape)
-        self.weights = []
-
-    def penalty(self, parameters):
-        penalty = super().penalty(parameters)
-        penalty.register_hook(lambda gradient: self.weights.append(gradient.item()))
-        return penalty
-
-
 @pytest.mark.parametrize(("victim", "factor"), [(RedPixelVictim, 1.5), (ConstantModel, 1.5**-1.5)])
 def test_the_penalty_weight_rises_with_hits_and_falls_without(batches, victim, factor):
     form, start = RecordingForm((3, 6, 6)), torch.ones(1, 2, 3, 6, 6)
     start[:, 0, 1], start[:, 1, 0] = -1, -1  # all red and no green, which RedPixelVictim responds to
     with progress_bar("", 20, "step") as bar:
         optimise_pattern(victim(), iter(batches * 5), 1, form, 20, 1, "fp32", bar, start, 0.01)
-    assert form.weights[:5] == pytest.approx([0.01 * factor**n for n in (0, 0, 1, 1, 2)])  # patience: a tenth of 20
+    weights = [weight for (weight,) in form.weights]
+    assert weights[:5] == pytest.approx([0.01 * factor**n for n in (0, 0, 1, 1, 2)])  # patience: a tenth of 20
 
 
 def test_a_small_warp_is_found():

@@ -104,12 +104,19 @@ def test_a_run_without_measurements_has_no_curves_and_says_so(folder, victim):
 def test_the_purified_weights_measure_what_was_reported(script, folder, purified):
     done = script(
         "main.py", "--dataset", "shapes", "--defense", "none", *places(folder),
-        "--model", folder / "weight" / "first.tar", "--name", "again",
+        "--model", folder / "weight" / "first.tar", "--name", "again", "--retune", 5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     again = metrics_of(folder, "again")
     assert again["before"] == metrics_of(folder, "first")["after"]
     assert again["after"] is None
+    assert set(again["retuned"]) == {"5"}
+    assert again["retuned"]["5"]["acc"] > 85
+    assert again["retuned_reference"] is None  # no clean model of shapes is shipped
+    assert again["seconds"]["retune"] > 0
+    assert "after the re-tuning attack" in done.stdout
+    assert (folder / "results" / "again" / "retuned.png").exists()
+    assert "After the re-tuning attack" in (folder / "results" / "again" / "report.html").read_text()
 
 
 def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):

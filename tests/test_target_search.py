@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import RecordingForm
 
 from defenses.inversion import ANY_OTHER, choose_label, search_target, target_search
 from defenses.inversion.patterns import PixelForm, WarpForm
@@ -154,3 +156,36 @@ def test_misclassified_images_do_not_count_for_any_other_label(batches):
     misclassified = [(x, (y + 1) % 8) for x, y in batches]
     scores = search(RedColumnModel(), misclassified, steps=3)
     assert [score.hit_rate for score in scores if score.label == ANY_OTHER] == [0.0, 0.0]
+
+
+class ScriptedModel(torch.nn.Module):
+    """Predicts 0 for the given fraction of the images in each update, else 1, whatever the patterns."""
+
+    def __init__(self, *fractions):
+        super().__init__()
+        self.fractions = iter(fractions)
+
+    def forward(self, x):
+        fraction = next(self.fractions) if torch.is_grad_enabled() else 0.0
+        predicted = (torch.arange(len(x)) >= fraction * len(x)).long()
+        return F.one_hot(predicted, 3) + 0 * x.sum((1, 2, 3))[:, None]
+
+
+def scripted_search(*fractions):
+    """The form of a search for three labels, an update for each fraction, on eight images of label 2."""
+    form, batches = RecordingForm((3, 4, 4)), [(torch.full((8, 3, 4, 4), 0.5), torch.full((8,), 2))]
+    rng = torch.Generator().manual_seed(0)
+    search_form(ScriptedModel(*fractions), batches, 3, CPU, rng, form, len(fractions), "fp32")
+    return form
+
+
+def test_each_penalty_weight_rises_with_hits_and_falls_without():
+    weights = scripted_search(1.0, 1.0, 1.0).weights
+    # No image is predicted as 1; those of label 2 do not count for 2, nor, misclassified, for ANY_OTHER.
+    assert weights == [pytest.approx([0.01 * 1.5**n, *[0.01 * 1.5 ** (-1.5 * n)] * 3]) for n in range(3)]
+
+
+def test_a_collapsed_pattern_returns_to_where_it_last_worked():
+    parameters = [of_labels[0] for of_labels in scripted_search(1.0, 0.5, 0.0, 0.0).parameters]
+    assert not torch.equal(parameters[1], parameters[2])
+    assert torch.equal(parameters[1], parameters[3])

@@ -69,6 +69,14 @@ def test_ema_averages_the_weights_of_all_steps():
     assert model.weight.item() == pytest.approx(0.75 * after_step_1 + 0.25 * after_step_2)
 
 
+def test_ema_averages_the_statistics_of_batch_norm_too():
+    model = torch.nn.BatchNorm1d(1, momentum=1.0)  # its running mean is the mean of the last batch
+    batches = [(torch.tensor([[mean - 1.0], [mean + 1.0]]), None) for mean in (2.0, 6.0)]
+    settings = {"momentum": 0.0, "weight_decay": 0.0, "schedule": "cosine", "precision": "fp32", "title": "test"}
+    train(model, batches, lambda x, _: model(x).sum(), CPU, epochs=1, lr=0.1, ema=0.75, **settings)
+    assert model.running_mean.item() == pytest.approx(0.75 * 2 + 0.25 * 6)
+
+
 def test_history_has_a_row_per_epoch_with_the_monitored_metrics():
     model = Scalar()
     history = run(model, [(torch.tensor(1.0), None)], epochs=3, monitor=lambda model, epoch: {"acc": float(epoch)})

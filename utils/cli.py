@@ -116,6 +116,7 @@ OPTION_CONDITIONS = {
     "target_label": ("--target_type all2one or cleanLabel", lambda opt: opt.target_type != "all2all"),
     "finetune_epochs": _FINETUNED,
     "finetune_lr": _FINETUNED,
+    "retune_reference": ("--retune", lambda opt: opt.retune),
     "contrast": ("--align_weight above 0, if it is none", lambda opt: opt.contrast != "none" or opt.align_weight != 0),
     "temperature": ("--contrast others or all", lambda opt: opt.contrast != "none"),
     "force": ("--target auto", lambda opt: opt.target in (None, "auto")),

@@ -5,7 +5,7 @@ import time
 from functools import partial
 
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils.device import autocast
@@ -16,6 +16,7 @@ from utils.progress import progress_bar
 SCHEDULES = {
     "onecycle": lambda optimizer, lr, n: OneCycleLR(optimizer, lr, total_steps=n, cycle_momentum=False),
     "cosine": lambda optimizer, lr, n: CosineAnnealingLR(optimizer, n),
+    "constant": lambda optimizer, lr, n: ConstantLR(optimizer, factor=1.0),
     # MCL's published schedule, over 20 epochs: lr in epoch 1, lr / 10 to epoch 10, lr / 100 to the end.
     "steps": lambda optimizer, lr, n: MultiStepLR(optimizer, [n // 20, n // 2], gamma=0.1),
     # Fine-tuning's and NAD's, over 20 epochs: lr in epochs 1 and 2, lr / 10 to the end.
@@ -109,14 +110,18 @@ def end_epoch(row, model, measured, epochs, title, monitor, bar) -> dict:
 
     Args:
         row: "epoch", "lr", "loss" and "seconds".
+        title: opens the logged row; without one, the epoch is not logged.
 
     Raises:
         RunError: the loss or the weights are no longer finite.
     """
     if not math.isfinite(row["loss"]) or not _is_finite(model):
-        raise RunError(f"{title}: loss or weights are no longer finite in epoch {row['epoch']}; lower --lr")
+        raise RunError(
+            f"{title or 'training'}: loss or weights are no longer finite in epoch {row['epoch']}; lower --lr"
+        )
     row |= monitor(measured, row["epoch"]) if monitor else {}
-    log_epoch(bar, title, row, epochs)
+    if title:
+        log_epoch(bar, title, row, epochs)
     return row
 
 

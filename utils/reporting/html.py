@@ -6,83 +6,57 @@ import os
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.files import write_file
-from utils.reporting.picture import DPI, MODELS
-from utils.reporting.tables import (
-    METRICS,
-    format_cell,
-    is_backdoored,
-    metrics_rows,
-    published_rows,
-    search_rows,
-    verdict,
-)
+from utils.reporting import tables
+from utils.reporting.picture import DPI, MODELS, Picture
 
-TEMPLATE = "report.html.jinja"
 # A browser that follows it loads nothing but the pictures inside the page, and runs no script.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-TILES = ("asr", "ra", "acc", "acc_published")
 
 
 def write_page(path: str, title: str, metrics: dict, classes: list[str], pictures: list[tuple]) -> None:
-    """Write a run's report.
+    """Write a run's report; RunError if it cannot be written.
 
     Args:
-        path: of the page; the pictures are in its folder.
         metrics: the content of metrics.json, as utils.reporting.save.save_results builds it.
         classes: the K names.
-        pictures: utils.reporting.picture.Picture tuples, in order.
-
-    Raises:
-        RunError: the page cannot be written.
+        pictures: utils.reporting.picture.Picture tuples, in order; their files are in the folder of `path`.
     """
-    before, after = metrics.get("victim") or metrics["before"], metrics.get("after")
+    models = tables.models_of(metrics)
+    final = models.get("after", models["before"])
     names = [f"{name} (target)" if label == metrics["target_label"] else name for label, name in enumerate(classes)]
-    header, rows = metrics_rows(names, before, after)
-    environment = Environment(
-        loader=FileSystemLoader(os.path.dirname(__file__)),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"cell": lambda value: format_cell(value, "–"), "short": _short}
-    page = environment.get_template(TEMPLATE).render(
+    header, rows = tables.metrics_rows(names, **models)
+    scores = metrics.get("search") or []
+    defended = [i for i, score in enumerate(scores) if score["label"] == metrics["worked_against"]]
+    loader = FileSystemLoader(os.path.dirname(__file__))
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["cell"] = lambda value: tables.format_cell(value, "–")
+    page = environment.get_template("report.html.jinja").render(
         title=title,
         policy=POLICY,
         colours=MODELS,
-        verdict=verdict(metrics),
-        state={True: "backdoored", False: "clean", None: "unknown"}[is_backdoored(after or before)],
+        labels=tables.METRICS,
         metrics=metrics,
-        tiles=[(METRICS[key][0], before[key], after and after[key]) for key in TILES],
-        published=published_rows(metrics["dataset"], before, after, metrics.get("defense", "mcl")),
+        models=models,
+        final=final,
+        verdict=tables.verdict(metrics),
+        state={True: "backdoored", False: "clean", None: "unknown"}[tables.is_backdoored(final)],
+        published=tables.published_rows(metrics["dataset"], **models, defense=metrics.get("defense", "mcl")),
         header=header,
-        metrics_rows=rows[: len(METRICS)],
-        meanings=[meaning for _, meaning in METRICS.values()],
-        class_rows=rows[len(METRICS) :],
-        search=search_rows(metrics["search"]) if metrics.get("search") else None,
-        marked_score=_marked_score(metrics),
-        pictures=[_picture(os.path.dirname(path), *picture) for picture in pictures],
+        metrics_rows=rows[: len(tables.METRICS)],
+        class_rows=rows[len(tables.METRICS) :],
+        search=tables.search_rows(scores),
+        marked_score=max(defended, key=lambda i: scores[i]["flagged"], default=None),  # a flagged row first
+        retuned=metrics.get("retuned") and tables.retuned_rows(metrics["retuned"], metrics["retuned_reference"]),
+        pictures=[_embed(os.path.dirname(path), picture) for picture in pictures],
     )
     write_file(path, lambda file: file.write(page.encode(errors="replace")))
 
 
-def _short(value):
-    """Options and times are of any size: four significant digits instead of two decimals."""
-    return f"{value:.4g}" if isinstance(value, float) else format_cell(value, "–")
-
-
-def _marked_score(metrics):
-    """The row of the target search to highlight: the label that the defense worked against, a flagged row first."""
-    scores = metrics.get("search") or []
-    rows = [i for i, score in enumerate(scores) if score["label"] == metrics["worked_against"]]
-    return next((i for i in rows if scores[i]["flagged"]), rows[0] if rows else None)
-
-
-def _picture(folder, name, caption, alt=""):
-    if name is None:
-        return {"name": None, "caption": caption}
-    with open(os.path.join(folder, name), "rb") as file:
-        data = file.read()
-    # The width in the PNG's header, in CSS pixels: letters are equally large in every picture.
-    width = int.from_bytes(data[16:20]) * 96 // DPI
-    return {"name": name, "caption": caption, "alt": alt, "width": width, "data": base64.b64encode(data).decode()}
+def _embed(folder, picture):
+    picture = Picture(*picture)._asdict()
+    if picture["name"]:
+        with open(os.path.join(folder, picture["name"]), "rb") as file:
+            data = file.read()
+        # The width in the PNG's header, in CSS pixels: letters are equally large in every picture.
+        picture |= {"width": int.from_bytes(data[16:20]) * 96 // DPI, "data": base64.b64encode(data).decode()}
+    return picture

@@ -1,8 +1,8 @@
 """The style that all pictures share, drawn with matplotlib and without a display.
 
 A colour has one meaning in all of them: blues are models, light before and dark after the defense; grey, black and
-vermillion are images: clean ones, clean ones of the target class, triggered ones. Within each group the colours differ
-in lightness as well as in hue, for colour-blind readers and for prints in black and white.
+vermillion are images: clean ones, clean ones of the target class, triggered ones. The colours of a group differ in
+lightness too, for colour-blind readers and for prints in black and white.
 """
 
 import contextlib
@@ -55,19 +55,14 @@ def new_picture(path: str, width: float, height: float):
 
 
 def find_fonts(text: str) -> tuple[list[str], set[str]]:
-    """The default font, and installed ones for the letters that it lacks.
-
-    Returns:
-        the font families in the order to try them, and the letters of `text` that none of them has.
-    """
-    default = font_manager.findfont(FONT)
-    families, missing = [FONT], {letter for letter in text if not _has_glyph(default, letter)}
-    for font in font_manager.fontManager.ttflist if missing else ():
-        if not font.name.startswith("Last Resort"):  # has a box for every letter
-            covered = {letter for letter in missing if _has_glyph(font.fname, letter)}
-            families += [font.name] if covered else []
+    """The default font and installed ones for the letters that it lacks, and the letters that no font has."""
+    fonts, missing = [FONT], {letter for letter in text if not _has_glyph(font_manager.findfont(FONT), letter)}
+    for font in font_manager.fontManager.ttflist:
+        covered = {letter for letter in missing if _has_glyph(font.fname, letter)}
+        if covered and not font.name.startswith("Last Resort"):  # has a box for every letter
+            fonts.append(font.name)
             missing -= covered
-    return families, missing
+    return fonts, missing
 
 
 def _has_glyph(path, letter):

@@ -1,18 +1,18 @@
 """The pictures of a run: trigger.png, curves.png and per_class.png; features.png is drawn by feature_map.py."""
 
-import math
 import os
 
 import torch
 
 from utils.files import remove_file
 from utils.reporting.feature_map import draw_features, features_of
-from utils.reporting.picture import CLEAN, MODELS, TARGET, TRIGGERED, Picture, find_fonts, new_picture
-from utils.reporting.tables import METRICS, format_cell
+from utils.reporting.picture import CLEAN, MODELS, TRIGGERED, Picture, find_fonts, new_picture
+from utils.reporting.tables import METRICS, format_cell, is_missing
 
 SAMPLE_SIZE = 700  # images on the feature map, and as many triggered ones; more would hide each other
 MAX_CLASSES = 50  # rows that are readable on one picture
 NAME_LENGTH = 28
+CLOSER = [("acc", "acc_published", "ra"), ("asr",)]  # metrics of the panels that show later epochs closer
 CLOSER_SPAN = 25  # percentage points; a wider range of values is not larger in a panel of half the height
 LINES = {  # metric -> the colour of the images that it is measured on, marker and line
     "acc": (CLEAN, "o-"),
@@ -36,7 +36,9 @@ COMPARED_CAPTIONS = {  # added if there is a purified model
 
 
 def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=None) -> list[Picture]:
-    """Draw every picture that applies to a run, and remove the curves of an earlier run if there are none.
+    """Draw every picture that applies to a run; remove an earlier run's curves. RunError if that fails.
+
+    Returns the pictures in the order to show them; for missing curves, a caption that says why.
 
     Args:
         classes: the K names.
@@ -47,53 +49,42 @@ def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=
         metrics: of each of them, as utils.metrics.evaluate returns them, under the same names.
         history: a row for each epoch of the training (0: before it), some with metrics; [] if nothing was trained.
         trigger: the inverted trigger that led to "after", as `draw_trigger` takes it, or None.
-
-    Returns:
-        the pictures in the order to show them; for missing curves, a caption that says why.
-
-    Raises:
-        RunError: a file cannot be written or removed.
     """
-    target = attack.target
-    clean, triggered = (torch.cat([images.cpu() for images, _ in part]) for part in (sample.clean, sample.triggered))
-    clean = clean[attack.attackable(sample.labels)]
-    is_target = torch.zeros_like(sample.labels, dtype=torch.bool) if target is None else sample.labels == target
+    paths = {name: os.path.join(folder, name) for name in CAPTIONS}
+    parts = (sample.clean, sample.triggered)
+    clean, triggered = (torch.cat([images.cpu() for images, _ in part]) for part in parts)
+    draw_trigger(paths["trigger.png"], clean[attack.attackable(sample.labels)], triggered, trigger)
+    features = {name: [features_of(model, part) for part in parts] for name, model in models.items()}
+    is_target = sample.labels == (-1 if attack.target is None else attack.target)
+    draw_features(paths["features.png"], features, is_target, metrics)
     measured = [row for row in history if "asr" in row]
-    features = {
-        name: [features_of(model, part) for part in (sample.clean, sample.triggered)] for name, model in models.items()
-    }
-    draw = {
-        "trigger.png": lambda path: draw_trigger(path, clean, triggered, trigger),
-        "features.png": lambda path: draw_features(path, features, is_target, metrics),
-        "curves.png": lambda path: draw_curves(path, measured),
-        "per_class.png": lambda path: draw_per_class(path, classes, metrics, target),
-    }
-    missing = []
-    if not any(row["epoch"] > 0 for row in measured):
-        del draw["curves.png"]
-        remove_file(os.path.join(folder, "curves.png"))
-        missing = [Picture(None, "There are no curves: --print_freq left no epoch to measure.")] if history else []
-    for name, draw_to in draw.items():
-        draw_to(os.path.join(folder, name))
-    alts = _alternative_texts(metrics, measured, trigger)
-    added = COMPARED_CAPTIONS if "after" in models else {}
-    return [Picture(name, CAPTIONS[name] + added.get(name, ""), alts[name]) for name in draw] + missing
+    has_curves = any(row["epoch"] > 0 for row in measured)
+    if has_curves:
+        draw_curves(paths["curves.png"], measured)
+    else:
+        remove_file(paths.pop("curves.png"))
+    draw_per_class(paths["per_class.png"], classes, metrics, attack.target)
+    added, alts = COMPARED_CAPTIONS if "after" in models else {}, _alternative_texts(metrics, measured, trigger)
+    pictures = [Picture(name, CAPTIONS[name] + added.get(name, ""), alts[name]) for name in paths]
+    if history and not has_curves:
+        pictures.append(Picture(None, "There are no curves: --print_freq left no epoch to measure."))
+    return pictures
 
 
 def _alternative_texts(metrics, measured, trigger):
     """Each picture in words, for readers who cannot see it."""
     inverted = "" if trigger is None else f" and with the inverted one ({trigger.describe()})"
-    when = {name: f" {name}" if len(metrics) > 1 else "" for name in metrics}
-    asr = ", ".join(f"ASR {format_cell(model['asr'])} percent{when[name]}" for name, model in metrics.items())
-    ends = [measured[0], measured[-1]] if measured else []
-    lines = [f"{METRICS[key][0]} from {' to '.join(format_cell(row[key]) for row in ends)} percent" for key in LINES]
-    ranges = []
+    asr, ranges = [], []
     for name, model in metrics.items():
-        values = [value for value in model["per_class"] if value is not None and not math.isnan(value)]
-        ranges.append(f"{format_cell(min(values))} to {format_cell(max(values))} percent{when[name]}")
+        when = f" {name}" if len(metrics) > 1 else ""
+        values = [value for value in model["per_class"] if not is_missing(value)]
+        asr.append(f"ASR {format_cell(model['asr'])} percent{when}")
+        ranges.append(f"{format_cell(min(values))} to {format_cell(max(values))} percent{when}")
+    ends = measured[:1] + measured[-1:]
+    lines = [f"{METRICS[key][0]} from {' to '.join(format_cell(row[key]) for row in ends)} percent" for key in LINES]
     return {
         "trigger.png": f"An enlarged test image, clean, with the true trigger{inverted}, and what is changed in it.",
-        "features.png": f"Scatter plot of the features of clean and triggered images; {asr}.",
+        "features.png": f"Scatter plot of the features of clean and triggered images; {', '.join(asr)}.",
         "curves.png": f"Line plot, first to last epoch: {', '.join(lines)}.",
         "per_class.png": f"Dot plot of the accuracy of each class: {', '.join(ranges)}.",
     }
@@ -109,34 +100,27 @@ def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor, invert
     patch, clean, triggered = stamped_patch(clean, triggered), clean[0], triggered[0]
     is_patch = patch is not None
     true_trigger = ("true trigger, as stamped", patch) if is_patch else change("true trigger", triggered - clean)
-    rows = [[("clean image", clean), ("with the true trigger", triggered), true_trigger]]
+    panels = [("clean image", clean), ("with the true trigger", triggered), true_trigger]
     if inverted is not None:
         stamped, grey = inverted.apply(clean), torch.full_like(clean, 0.5)
         # A patch is compared on grey, since a difference on the image has the image's colours.
         rest = 2 * (patch - inverted.apply(grey)) if is_patch else triggered - stamped
-        inverted_change = change(f"inverted: {inverted.describe()}", inverted.change(clean))
-        rows = [
-            [("with the true trigger", triggered), ("with the inverted trigger", stamped), ("clean image", clean)],
-            [true_trigger, inverted_change, change("true minus inverted", rest)],
-        ]
-    with new_picture(path, 7, 2.5 * len(rows) + 0.25) as figure:
-        for panels, row in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
-            for axes, (title, pixels) in zip(panels, row, strict=True):
-                axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
-                axes.set(title=title, xticks=[], yticks=[])
-                axes.grid(False)
-                axes.spines[:].set_visible(True)
+        panels = [("with the true trigger", triggered), ("with the inverted trigger", stamped), ("clean image", clean)]
+        panels += [true_trigger, change(f"inverted: {inverted.describe()}", inverted.change(clean))]
+        panels += [change("true minus inverted", rest)]
+    with new_picture(path, 7, 2.5 * len(panels) / 3 + 0.25) as figure:
+        for axes, (title, pixels) in zip(figure.subplots(len(panels) // 3, 3).flat, panels, strict=True):
+            axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
+            axes.set(title=title, xticks=[], yticks=[])
+            axes.grid(False)
+            axes.spines[:].set_visible(True)
         figure.supxlabel("Mid-grey: unchanged. In changes, brighter is added and darker is removed.", fontsize=8)
 
 
 def stamped_patch(clean: torch.Tensor, triggered: torch.Tensor) -> torch.Tensor | None:
-    """A trigger that overwrites pixels: its own values on mid-grey, (3, H, W).
+    """A trigger that overwrites pixels of (N, 3, H, W) images: its own values on mid-grey, (3, H, W).
 
-    Args:
-        clean, triggered: (N, 3, H, W) in [0, 1].
-
-    Returns:
-        None if the changed pixels are not the same on all images (blended, warped), or if one image cannot tell.
+    None if the changed pixels are not the same on all images (blended, warped), or if one image cannot tell.
     """
     changed = (triggered != clean).any(1).any(0)
     values = triggered[:, :, changed]
@@ -146,53 +130,41 @@ def stamped_patch(clean: torch.Tensor, triggered: torch.Tensor) -> torch.Tensor 
 
 
 def change(title: str, pixels: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """A signed change in [-1, 1] as a picture in [0, 1], mid-grey where it is 0; a faint change is amplified.
-
-    Returns:
-        the title, with the factor of the amplification if there is one, and the picture, of the shape of `pixels`.
-    """
+    """A signed change in [-1, 1] around mid-grey, as a picture in [0, 1]; the title of an amplified one says so."""
     peak = pixels.abs().max().item()
     factor = max(1, int(1 / peak)) if peak else 1
     return title if factor == 1 else f"{title}, x{factor}", (0.5 + factor * pixels / 2).clamp(0, 1)
 
 
 def draw_curves(path: str, rows: list[dict]) -> None:
-    """Draw ACC, ACC*, RA and ASR by epoch; after a row of epoch 0, panels show later epochs closer where that helps.
-
-    Args:
-        rows: one for each epoch: "epoch" and the metrics of LINES in percent.
-    """
+    """Draw the metrics of LINES by epoch; after a row of epoch 0, panels show later epochs closer where that helps."""
     later = [row for row in rows if row["epoch"] > 0]
     has_start = len(later) < len(rows)
-    groups = [("acc", "acc_published", "ra"), ("asr",)] if has_start and len(later) > 1 else []
-    groups = [keys for keys in groups if _span(later, keys) <= CLOSER_SPAN]
+    groups = []
+    for keys in CLOSER if has_start and len(later) > 1 else ():
+        values = [row[key] for row in later for key in keys if not is_missing(row[key])]
+        if values and max(values) - min(values) <= CLOSER_SPAN:
+            groups.append(keys)
     with new_picture(path, 7 if groups else 5, 3.4) as figure:
         grid = figure.add_gridspec(max(len(groups), 1), 2, width_ratios=[3, 2])
         axes = figure.add_subplot(grid[:, 0] if groups else grid[:, :])
         _draw_lines(axes, rows, LINES)
-        axes.set(ylabel="percent", ylim=(-3, 103), xlabel="epoch (0: the victim)" if has_start else "epoch")
+        axes.set(ylim=(-3, 103), xlabel="epoch (0: the victim)" if has_start else "epoch")
         figure.legend(loc="outside upper center", ncols=len(LINES))
-        panels = [figure.add_subplot(grid[i, 1]) for i in range(len(groups))]
-        for panel, keys in zip(panels, groups, strict=True):
+        for i, keys in enumerate(groups):
+            panel = figure.add_subplot(grid[i, 1])
             _draw_lines(panel, later, keys)
-            panel.set(ylabel="percent")
-        if panels:
-            panels[0].set(title="closer")
-            panels[-1].set(xlabel="epoch")
-            figure.align_ylabels(panels)
-
-
-def _span(rows, keys):
-    """Largest minus smallest value; infinite if nothing was measured."""
-    values = [row[key] for row in rows for key in keys if row[key] is not None and not math.isnan(row[key])]
-    return max(values) - min(values) if values else math.inf
+            panel.set(title="" if i else "closer", xlabel="epoch" if keys == groups[-1] else "")
+        figure.align_ylabels(figure.axes[1:])
 
 
 def _draw_lines(axes, rows, keys):
+    epochs = [row["epoch"] for row in rows]
     for key in keys:
         colour, line = LINES[key]
-        epochs, values = [row["epoch"] for row in rows], [row[key] for row in rows]
+        values = [row[key] for row in rows]
         axes.plot(epochs, values, line, color=colour, label=METRICS[key][0], markersize=4.5, clip_on=False)
+    axes.set(ylabel="percent")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
@@ -200,9 +172,8 @@ def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], targ
     """Draw a row for each class and a dot for each model; of very many classes, the target and those that changed most.
 
     Args:
-        classes: the names, at most K.
         metrics: "before" and, if there is one, "after", each with "acc" and "per_class": K percentages (nan: no image).
-        target: the label to highlight, or None.
+        classes, target: at most K names, and the label to highlight or None.
     """
     accuracies = torch.tensor([model["per_class"] for model in metrics.values()])[:, : len(classes)]
     labels = classes_to_show(accuracies, target)
@@ -218,13 +189,13 @@ def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], targ
             size = 70 if model == "before" else 24  # both are visible where they coincide
             axes.scatter(values, positions, s=size, color=MODELS[model], zorder=2, label=dots, clip_on=False)
             axes.axvline(measured["acc"], color=MODELS[model], linestyle=":", label=line)
-        axes.set_yticks(positions, [names[label] + ("  (target)" if label == target else "") for label in labels])
-        for label, text in zip(labels, axes.get_yticklabels(), strict=True):
-            is_bold = label == target and len(fonts) == 1  # other fonts may have no bold face
-            text.set(color=TARGET, family=fonts, fontweight="bold" if is_bold else "normal")
-        axes.set(xlabel="accuracy, percent", ylim=(len(labels) - 0.4, -0.6))
+        texts = [f"{names[label]}  (target)" if label == target else names[label] for label in labels]
+        axes.set_yticks(positions, texts, family=fonts)
+        if target in labels and len(fonts) == 1:  # other fonts may have no bold face
+            axes.get_yticklabels()[labels.index(target)].set_fontweight("bold")
         left, right = axes.get_xlim()
-        axes.set_xlim(min(left, right - 10), right)  # a tenth of a point must not look like a gulf
+        left = min(left, right - 10)  # a tenth of a point must not look like a gulf
+        axes.set(xlabel="accuracy, percent", xlim=(left, right), ylim=(len(labels) - 0.4, -0.6))
         if len(labels) < len(classes):
             rest = "that changed most" if len(metrics) > 1 else "of lowest accuracy"
             axes.set(title=f"{len(labels)} of {len(classes)} classes: the target and those {rest}")
@@ -232,12 +203,24 @@ def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], targ
         figure.legend(loc="outside upper center", ncols=len(metrics) * 2)
 
 
-def classes_to_show(accuracies: torch.Tensor, target: int | None) -> list[int]:
-    """All K labels in order, or MAX_CLASSES of them: the target and those whose accuracy changed most.
+def draw_retuned(path: str, retuned: dict, reference: dict | None) -> Picture:
+    """Draw ASR after the re-tuning attack against the number of poisoned images, a clean model's beside it."""
+    with new_picture(path, 5, 3.2) as figure:
+        axes = figure.add_subplot()
+        for rows, label, style in ((retuned, "this model", "o-"), (reference, "clean model", "s--")):
+            if rows:
+                values, errors = [row["asr"] for row in rows.values()], [row["sd"]["asr"] for row in rows.values()]
+                colour = TRIGGERED if rows is retuned else CLEAN
+                axes.errorbar(list(rows), values, errors, fmt=style, color=colour, capsize=3, label=label)
+        axes.set(xlabel="poisoned images", ylabel="ASR after re-tuning, percent", ylim=(-3, 103))
+        figure.legend(loc="outside upper center", ncols=2)
+    asr = ", ".join(f"{format_cell(row['asr'])} percent with {count}" for count, row in retuned.items())
+    caption = "ASR after fine-tuning on clean and a few poisoned images, mean and standard deviation over the draws."
+    return Picture(os.path.basename(path), caption, f"Line plot of the ASR by number of poisoned images: {asr}.")
 
-    Args:
-        accuracies: (1 or 2, K) in percent; of one model, the classes of lowest accuracy are taken.
-    """
+
+def classes_to_show(accuracies: torch.Tensor, target: int | None) -> list[int]:
+    """At most MAX_CLASSES labels of (1 or 2, K) accuracies: the target and those that changed most, or are lowest."""
     weight = (accuracies[-1] - accuracies[0]).abs() if len(accuracies) > 1 else -accuracies[0]
     weight = weight.nan_to_num(nan=-1e3)
     if target is not None and target < len(weight):
@@ -246,17 +229,12 @@ def classes_to_show(accuracies: torch.Tensor, target: int | None) -> list[int]:
 
 
 def class_names(classes: dict[int, str]) -> tuple[dict[int, str], list[str]]:
-    """Names as short lines, which can be drawn in one of the fonts returned with them.
-
-    A blank name, or one with a letter that no installed font has, becomes "class <label>".
-
-    Args:
-        classes: label -> name; folders can have any name.
-    """
+    """Short names by label, "class <label>" for one that is blank or that no font can draw, and fonts for them all."""
     lines = {label: "".join(x if x.isprintable() else "?" for x in name) for label, name in classes.items()}
     fonts, missing = find_fonts("".join(lines.values()))
-    names = {}
     for label, line in lines.items():
-        short = line if len(line) <= NAME_LENGTH else line[: NAME_LENGTH - 3] + "..."
-        names[label] = f"class {label}" if missing.intersection(line) or not line.strip() else short
-    return names, fonts
+        if missing.intersection(line) or not line.strip():
+            lines[label] = f"class {label}"
+        elif len(line) > NAME_LENGTH:
+            lines[label] = line[: NAME_LENGTH - 3] + "..."
+    return lines, fonts

@@ -1,4 +1,4 @@
-"""The tables of a run and its verdict, as rows for report.html and as text for a terminal."""
+"""The tables of a run, each as a header and rows, and its verdict."""
 
 import math
 
@@ -9,21 +9,17 @@ METRICS = {  # key -> label, meaning; all in percent
     "ra": ("RA", "triggered images predicted as their true label"),
     "floor": ("floor", "their clean versions predicted as the attack label"),
 }
-SEARCH_COLUMNS = {
-    "label": "label",
-    "form": "form",
-    "size": "L1 or px",
-    "of_range": "of range, %",
-    "of_median": "of median",
-    "hit_rate": "hit rate, %",
-    "index": "index",
-}
 MARGIN = 1.0  # points of ASR above the floor that may be noise; more is a backdoor
+
+
+def is_missing(value) -> bool:
+    """Whether a value is None or nan: it was not measured, or measured on no image."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def format_cell(value, missing: str = "-") -> str:
     """A float with two decimals, `missing` for None and nan, anything else as it is."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_missing(value):
         return missing
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
@@ -33,25 +29,30 @@ def text_table(header: list[str], rows: list[list]) -> str:
     cells = [header, *([format_cell(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    lines = []
-    for first, *others in cells:
-        lines.append("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
-    return "\n".join(lines)
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
 
 
-def published_rows(
-    dataset: str, before: dict, after: dict | None = None, defense: str = "mcl"
-) -> tuple[list[str], list[list]]:
-    """Header and row of the MCL paper's table, with ACC over all classes and RA beside it.
+def markdown_table(header: list[str], rows: list[list]) -> str:
+    """The same table in Markdown; a cell may contain any character."""
+    cells = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    escaped = [[format_cell(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
-    Its accuracy leaves out the target class: ACC*. The paper calls its defense MCLDef.
-    """
+
+def models_of(metrics: dict) -> dict[str, dict]:
+    """The metrics in metrics.json by model: "before" of the victim and, if it was purified, "after"."""
+    models = {"before": metrics.get("victim") or metrics["before"], "after": metrics.get("after")}
+    return {name: model for name, model in models.items() if model}
+
+
+def published_rows(dataset: str, before: dict, after: dict | None = None, defense: str = "mcl"):
+    """Header and row of the MCL paper's table, of ACC* and ASR, with ACC and RA beside them."""
     header, row = ["Dataset", "Baseline ACC*", "Baseline ASR"], [dataset, before["acc_published"], before["asr"]]
     if after is not None:
-        name = "MCLDef" if defense == "mcl" else defense
+        name = "MCLDef" if defense == "mcl" else defense  # the paper's name
         header += [f"{name} ACC*", f"{name} ASR"]
         row += [after["acc_published"], after["asr"]]
-    final = before if after is None else after
+    final = after or before
     return [*header, "ACC", "RA"], [[*row, final["acc"], final["ra"]]]
 
 
@@ -63,30 +64,29 @@ def published_table(dataset: str, before: dict, after: dict | None = None, defen
 def metrics_rows(classes: list[str], before: dict, after: dict | None = None) -> tuple[list[str], list[list]]:
     """Header and rows of every metric, then of every class: one model, or two and the change between them."""
     names = [*(label for label, _ in METRICS.values()), *(f"{label} {name}" for label, name in enumerate(classes))]
-    # A model may have more classes than the data.
-    columns = [
-        [*(metrics[key] for key in METRICS), *metrics["per_class"][: len(classes)]]
-        for metrics in (before, after)
-        if metrics is not None
-    ]
-    if after is None:
-        return ["percent", "measured"], [list(row) for row in zip(names, *columns, strict=True)]
-    rows = [[name, b, a, _change(b, a)] for name, b, a in zip(names, *columns, strict=True)]
-    return ["percent", "before", "after", "change"], rows
+    models = {"measured": before} if after is None else {"before": before, "after": after}
+    columns = {name: [model[key] for key in METRICS] for name, model in models.items()}
+    for name, model in models.items():
+        columns[name] += model["per_class"][: len(classes)]  # a model may have more classes than the data
+    if after is not None:
+        pairs = zip(columns["before"], columns["after"], strict=True)
+        columns["change"] = [None if is_missing(b) or is_missing(a) else f"{a - b:+.2f}" for b, a in pairs]
+    return ["percent", *columns], [list(row) for row in zip(names, *columns.values(), strict=True)]
 
 
 def metrics_table(classes: list[str], before: dict, after: dict | None = None) -> str:
     """`metrics_rows` as text, with the meaning of each metric."""
     header, rows = metrics_rows(classes, before, after)
     names = [f"{label:<6}{meaning}" for label, meaning in METRICS.values()]
-    names += [f"  {name}" for name, *_ in rows[len(METRICS) :]]
+    names += [f"  {row[0]}" for row in rows[len(METRICS) :]]
     return text_table(header, [[name, *row[1:]] for name, row in zip(names, rows, strict=True)])
 
 
 def search_rows(scores: list[dict]) -> tuple[list[str], list[list]]:
     """Header and rows of the target search, from its rows in metrics.json."""
-    rows = [[*(score[key] for key in SEARCH_COLUMNS), "yes" if score["flagged"] else "no"] for score in scores]
-    return [*SEARCH_COLUMNS.values(), "flagged"], rows
+    header = ["label", "form", "L1 or px", "of range, %", "of median", "hit rate, %", "index", "flagged"]
+    keys = ["label", "form", "size", "of_range", "of_median", "hit_rate", "index"]
+    return header, [[*(score[key] for key in keys), "yes" if score["flagged"] else "no"] for score in scores]
 
 
 def search_table(scores: list[dict]) -> str:
@@ -94,46 +94,44 @@ def search_table(scores: list[dict]) -> str:
     return text_table(*search_rows(scores))
 
 
+def retuned_rows(retuned: dict, reference: dict | None) -> tuple[list[str], list[list]]:
+    """Header and rows of the re-tuning attack, a row for each number of poisoned images: mean ± sd over the draws."""
+    header, rows = ["poisoned images", "ASR", "RA", "ACC"], []
+    for count, values in retuned.items():
+        rows.append([count, *(f"{values[key]:.2f} ± {values['sd'][key]:.2f}" for key in ("asr", "ra", "acc"))])
+        if reference:
+            rows[-1].append(f"{reference[count]['asr']:.2f} ± {reference[count]['sd']['asr']:.2f}")
+    return [*header, "ASR of a clean model"] if reference else header, rows
+
+
+def retuned_table(retuned: dict, retuned_reference: dict | None) -> str:
+    """`retuned_rows` as text."""
+    return f"after the re-tuning attack, percent\n{text_table(*retuned_rows(retuned, retuned_reference))}"
+
+
 def is_backdoored(metrics: dict) -> bool | None:
     """Whether the ASR of a model is above its floor by more than MARGIN; None if one of them was not measured."""
-    asr, floor = metrics["asr"], metrics["floor"]
-    if any(value is None or math.isnan(value) for value in (asr, floor)):
+    if is_missing(metrics["asr"]) or is_missing(metrics["floor"]):
         return None
-    return asr > floor + MARGIN
+    return metrics["asr"] > metrics["floor"] + MARGIN
 
 
 def verdict(metrics: dict) -> str:
-    """The outcome of a run in one sentence.
-
-    Args:
-        metrics: content of metrics.json: of a training, with "victim", or of a defense, with "before" and "after".
-    """
-    before, after = metrics.get("victim") or metrics["before"], metrics.get("after")
-    final = after or before
-    backdoored, accuracy = is_backdoored(final), f"ACC {_from_to('acc', before, after)} %"
-    if after:
+    """The outcome of a run in one sentence, from the content of its metrics.json."""
+    models = models_of(metrics)
+    before, final = models["before"], models.get("after", models["before"])
+    if "after" in models:
         claims = {None: "The model was purified", True: "The backdoor is still there", False: "The backdoor is gone"}
         if is_backdoored(before) is False:
             claims[False] = "There was no backdoor, and there is none now"
     elif "victim" in metrics or metrics["defense"] == "none":
-        name = "victim" if "victim" in metrics else "model"
-        claims = {None: f"The {name} was measured", True: f"The {name} is backdoored"}
-        claims[False] = f"The {name} is not backdoored"
+        name = "The victim" if "victim" in metrics else "The model"
+        claims = {None: f"{name} was measured", True: f"{name} is backdoored", False: f"{name} is not backdoored"}
     else:
         left = "No backdoor was found, and the model is left unchanged"
         claims = {None: left, True: f"{left}, although the trigger works", False: left}
+    asr, acc = (" -> ".join(format_cell(model[key]) for model in models.values()) for key in ("asr", "acc"))
+    backdoored = is_backdoored(final)
     if backdoored is None:
-        return f"{claims[None]}; ASR was not measured, because the trigger is unknown; {accuracy}."
-    rate = f"ASR {_from_to('asr', before, after)} %, floor {format_cell(final['floor'])} %"
-    return f"{claims[backdoored]}: {rate}, {accuracy}."
-
-
-def _from_to(key, before, after):
-    values = [before[key]] if after is None else [before[key], after[key]]
-    return " -> ".join(map(format_cell, values))
-
-
-def _change(before, after):
-    if before is None or after is None or math.isnan(after - before):
-        return None
-    return f"{after - before:+.2f}"
+        return f"{claims[None]}; ASR was not measured, because the trigger is unknown; ACC {acc} %."
+    return f"{claims[backdoored]}: ASR {asr} %, floor {format_cell(final['floor'])} %, ACC {acc} %."

@@ -4,11 +4,7 @@ from utils.errors import UserError
 
 
 def open_tensorboard(folder: str):
-    """Return a function log(metrics, epoch) that writes each metric as a point of a curve, immediately, into `folder`.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """Return log(metrics, epoch), which writes each metric into `folder` at once; UserError without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # imported here: only --tensorboard needs it
     except ImportError:
