@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from attacks import Attack
 from attacks.retune import BATCH_SIZE as RETUNE_BATCH
 from attacks.retune import CLEAN_IMAGES, DRAWS
-from utils.datasets import NORMALIZATION, ImageSet, read_dataset
+from utils.datasets import MIRRORED, NORMALIZATION, ImageSet, read_dataset
 from utils.errors import UserError
 from utils.seed import generator
 
@@ -89,18 +89,29 @@ class Batches:
 
     Args:
         shuffle: a new order each epoch.
-        padding: random flips, and crops with so many pixels of black around the image; None: no augmentation.
+        padding: random crops with so many pixels of black around the image; None: no augmentation.
+        mirror: random flips as well.
         rng: source of order, crops and flips.
         drop_last: leave out a last batch that is not full.
         shard: (i, n): the i-th of n equal parts of each batch, for data-parallel training in n processes.
     """
 
     def __init__(
-        self, data, batch_size, device, *, shuffle=False, padding=None, drop_last=False, rng=None, shard=(0, 1)
+        self,
+        data,
+        batch_size,
+        device,
+        *,
+        shuffle=False,
+        padding=None,
+        mirror=True,
+        drop_last=False,
+        rng=None,
+        shard=(0, 1),
     ):
         self.labels = data.labels.to(device)
         self.count, self.height, self.width, _ = data.images.shape
-        self.padding = padding
+        self.padding, self.mirror = padding, mirror
         images = data.images if padding is None else F.pad(data.images, (0, 0, *[padding] * 4))
         self.row_stride, self.image_stride = images.shape[2], images.shape[1] * images.shape[2]
         self.pixels = images.reshape(-1, 3).to(device)
@@ -120,7 +131,7 @@ class Batches:
         if self.padding is not None:
             shifts = torch.randint(2 * self.padding + 1, (2, self.count), generator=self.rng)
             corner += shifts[0] * self.row_stride + shifts[1]
-            flip = torch.randint(2, (self.count,), generator=self.rng)
+            flip = torch.randint(1 + self.mirror, (self.count,), generator=self.rng)
         order, corner, flip = order.to(device), corner.to(device), flip.to(device)
         shard_index, shard_count = self.shard
         shard_size = self.batch_size // shard_count
@@ -192,8 +203,8 @@ def get_backdoor_loader(
     poisoned = DatasetBD(train_set.images, train_set.labels, attack, "train", generator(opt.seed, "poison"), surrogate)
     _check_batch_size(poisoned, opt.batch_size, "the training set")
     rng = generator(opt.seed, "batches")
-    augment = {"shuffle": True, "padding": TRAIN_PADDING, "drop_last": True, "rng": rng}
-    batches = Batches(poisoned, opt.batch_size, device, **augment, shard=shard)
+    augment = {"shuffle": True, "padding": TRAIN_PADDING, "mirror": opt.dataset in MIRRORED, "drop_last": True}
+    batches = Batches(poisoned, opt.batch_size, device, **augment, rng=rng, shard=shard)
     monitor_set = get_eval_set(train_set.images, train_set.labels, attack, device, MONITOR_IMAGES)
     return batches, monitor_set, poisoned.poisoned.nonzero()[:, 0]
 
@@ -204,8 +215,8 @@ def get_clean_split(opt, train_set: ImageSet, attack: Attack, device) -> CleanSp
     _check_batch_size(split, opt.batch_size, f"the clean split (--ratio {opt.ratio})")
 
     def batches(padding, purpose):
-        rng = generator(opt.seed, purpose)
-        return Batches(split, opt.batch_size, device, shuffle=True, padding=padding, drop_last=True, rng=rng)
+        augment = {"padding": padding, "mirror": opt.dataset in MIRRORED, "rng": generator(opt.seed, purpose)}
+        return Batches(split, opt.batch_size, device, shuffle=True, drop_last=True, **augment)
 
     unused = _positions_outside(split, len(train_set.labels))
     index = unused if len(unused) else split.index

@@ -23,6 +23,7 @@ from defenses.inversion import ANY_OTHER, choose_label, label_name, search_targe
 from models.loading import load_classifier, load_clean_model
 from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
 from utils.cli import is_comparison
+from utils.datasets import MIRRORED
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_writable, remove_file, sha256_of
@@ -207,7 +208,9 @@ def find_target(opt, victim, split, num_class, device, clock):
 def defend(opt, victim, split, target, device, clock, monitor):
     """Run the defense on the clean split. Returns its DefenseResult."""
     augmented = opt.augment == "crop_flip"
-    context = DefenseContext(victim, split.train, split.plain, augmented, device, opt.seed, clock, target, monitor)
+    data = split.train, split.plain, augmented
+    mirrored = opt.dataset in MIRRORED
+    context = DefenseContext(victim, *data, device, opt.seed, clock, target, monitor, mirrored)
     settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in CONSUMED_OPTIONS}
     return DEFENSE_FUNCTIONS[opt.defense](context, precision=opt.precision, **settings)
 

@@ -16,11 +16,12 @@ class DefenseContext(NamedTuple):
     victim: f_B, frozen, in eval mode, on (B, 3, H, W) images in [0, 1].
     train_batches: batches of the clean split to train on, (images (B, 3, H, W) in [0, 1], labels (B,)), with a length.
     plain_batches: the same images without augmentation.
-    augmented: whether `train_batches` are cropped and flipped.
+    augmented: whether `train_batches` are cropped, and flipped if `mirrored`.
     seed: of every draw.
     clock: measures the stages finetune, inversion and purify.
     target: the label to defend against, for the defenses that need one.
     monitor: measures the student after each epoch, as in utils.training.train.
+    mirrored: whether mirror images have the labels of their originals, which traffic signs do not.
     """
 
     victim: nn.Module
@@ -32,6 +33,7 @@ class DefenseContext(NamedTuple):
     clock: Stopwatch
     target: int | None = None
     monitor: Callable | None = None
+    mirrored: bool = True
 
     def invert(self, rounds: int, steps: int, batches_per_step: int, precision: str) -> InvertedTrigger:
         """The inverted trigger of the victim; arguments and errors as in defenses.inversion.find_trigger."""

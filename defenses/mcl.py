@@ -56,7 +56,11 @@ def defend(
         with context.clock("finetune"):
             schedule = {"epochs": finetune_epochs, "lr": finetune_lr, **sgd}
             positive_model = clean_finetune(
-                context.victim, context.train_batches, context.device, mirror=context.augmented, **schedule
+                context.victim,
+                context.train_batches,
+                context.device,
+                mirror=context.augmented and context.mirrored,
+                **schedule,
             )
     trigger = context.invert(inversion_rounds, inversion_steps, inversion_batches, sgd["precision"])
     with context.clock("purify"):
@@ -68,7 +72,7 @@ def defend(
             context.device,
             temperature=temperature,
             align_weight=align_weight,
-            mirror=context.augmented,
+            mirror=context.augmented and context.mirrored,
             target=context.target if contrast == "others" else None,
             contrast=contrast != "none",
             epochs=epochs,

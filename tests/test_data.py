@@ -40,8 +40,10 @@ def crops_equal_to(image, original):
     return straight + [(*place, True) for place in places if torch.equal(image, crops[place].flip(2))]
 
 
-def test_augmented_batches_are_crops_and_flips_of_the_padded_image(images):
-    batches = Batches(TensorImages(images, torch.arange(8)), 8, "cpu", shuffle=True, padding=4, rng=generator(1, ""))
+@pytest.mark.parametrize("mirror", [True, False])
+def test_augmented_batches_are_crops_and_flips_of_the_padded_image(images, mirror):
+    data, augment = TensorImages(images, torch.arange(8)), {"padding": 4, "mirror": mirror, "rng": generator(1, "")}
+    batches = Batches(data, 8, "cpu", shuffle=True, **augment)
     seen = set()
     for _ in range(20):
         for batch, labels in batches:
@@ -49,7 +51,7 @@ def test_augmented_batches_are_crops_and_flips_of_the_padded_image(images):
                 matches = crops_equal_to(image, images[label])
                 assert matches
                 seen.update(matches)
-    assert {flipped for *_, flipped in seen} == {False, True}
+    assert {flipped for *_, flipped in seen} == {False, mirror}
     assert {row for row, *_ in seen} == {column for _, column, _ in seen} == set(range(9))
 
 
@@ -105,6 +107,15 @@ def test_the_monitor_set_and_the_clean_split_share_no_image():
     split = get_clean_split(opt, train_set, attack, "cpu")
     monitored = torch.cat([x[:, 0, 0, 0] for x, _ in split.monitor_set.clean]).mul(255).round().int().tolist()
     assert sorted([*monitored, *split.index.tolist()]) == list(range(200))
+
+
+@pytest.mark.parametrize(("dataset", "mirror"), [("shapes", True), ("GTSRB", False)])
+def test_traffic_signs_are_not_mirrored(dataset, mirror):
+    images, attack = torch.zeros(200, 8, 8, 3, dtype=torch.uint8), Attack("gridTrigger", "all2one", 0, 10, 0.1)
+    train_set, opt = ImageSet(images, torch.arange(200) % 10, list("0123456789")), options("--dataset", dataset)
+    opt.batch_size, opt.augment, opt.ratio, opt.inject_portion = 8, "crop_flip", 0.25, 0.1
+    assert get_clean_split(opt, train_set, attack, "cpu").train.mirror == mirror
+    assert get_backdoor_loader(opt, train_set, attack, "cpu")[0].mirror == mirror
 
 
 def options(*words):

@@ -230,6 +230,15 @@ def test_the_pattern_is_shifted_to_where_the_victim_responds(columns, positions)
     assert all(pattern.sum() == 1 for pattern in shifted)
 
 
+def test_shifts_are_tried_on_the_first_batch_with_attackable_images():
+    pattern = torch.zeros(3, 6, 6)
+    pattern[0, 2, 4] = 1.0
+    target_class, dark = torch.zeros(4, 3, 6, 6), label_zero(torch.zeros(4, 3, 6, 6))
+    batches = [(target_class, torch.ones(4, dtype=torch.int64)), *dark]
+    trigger, victim = InvertedTrigger(pattern, 1.0), RedColumnsVictim([4])
+    assert len(shifted_patterns(victim, trigger, batches, 1)) == len(shifted_patterns(victim, trigger, dark, 1)) > 1
+
+
 def test_a_shifted_pattern_is_cut_off_at_the_edge():
     pattern = torch.zeros(3, 6, 6)
     pattern[0, 2, 4:] = 1.0

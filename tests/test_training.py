@@ -30,6 +30,12 @@ def test_schedules_scale_with_the_rate_and_the_number_of_steps():
     assert learning_rates("onecycle")[-1] < 0.001
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_of_few_steps_starts_at_a_rate_above_zero(schedule):
+    assert learning_rates(schedule, 1)[0] > 0
+    assert schedule == "onecycle" or learning_rates(schedule, 4)[0] == 0.2
+
+
 class Scalar(torch.nn.Module):
     """One weight w; the loss of a batch x is w * x."""
 

@@ -21,6 +21,7 @@ NORMALIZATION = {
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
+MIRRORED = set(NORMALIZATION) - {"GTSRB"}  # data sets whose mirror images have the same label
 GTSRB_IMAGES = {"train": 26_640, "test": 12_630}
 DOWNLOAD_TIMEOUT = 30  # seconds; a network that swallows packets must not hang the run
 

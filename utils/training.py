@@ -12,15 +12,16 @@ from utils.device import autocast
 from utils.errors import RunError, UserError
 from utils.progress import progress_bar
 
-# name -> schedule over the n steps of a run. --lr is the peak of onecycle and the initial rate of the others.
+# name -> schedule over the n steps of a run. --lr is the peak of onecycle and the initial rate of the others; a run of
+# few steps has it in the first one, too.
 SCHEDULES = {
-    "onecycle": lambda optimizer, lr, n: OneCycleLR(optimizer, lr, total_steps=n, cycle_momentum=False),
+    "onecycle": lambda optimizer, lr, n: OneCycleLR(optimizer, lr, total_steps=max(n, 2), cycle_momentum=False),
     "cosine": lambda optimizer, lr, n: CosineAnnealingLR(optimizer, n),
     "constant": lambda optimizer, lr, n: ConstantLR(optimizer, factor=1.0),
     # MCL's published schedule, over 20 epochs: lr in epoch 1, lr / 10 to epoch 10, lr / 100 to the end.
-    "steps": lambda optimizer, lr, n: MultiStepLR(optimizer, [n // 20, n // 2], gamma=0.1),
+    "steps": lambda optimizer, lr, n: MultiStepLR(optimizer, [max(n // 20, 1), max(n // 2, 2)], gamma=0.1),
     # Fine-tuning's and NAD's, over 20 epochs: lr in epochs 1 and 2, lr / 10 to the end.
-    "drop": lambda optimizer, lr, n: MultiStepLR(optimizer, [n // 10], gamma=0.1),
+    "drop": lambda optimizer, lr, n: MultiStepLR(optimizer, [max(n // 10, 1)], gamma=0.1),
 }
 
 

@@ -191,12 +191,13 @@ def shifted_patterns(victim, trigger, batches, target) -> torch.Tensor:
 
     Args:
         victim: f_B, frozen, in eval mode, on images in [0, 1].
-        batches: clean (images, labels) batches; the attackable images of the first one are used.
+        batches: clean (images, labels) batches; the attackable images of the first one that has any are used.
 
     Returns:
         (V, C, H, W), V from 1 to 50; what leaves the image is cut off.
     """
-    images, labels = attackable_images(victim, *next(iter(batches)), target)
+    candidates = (attackable_images(victim, *batch, target) for batch in batches)
+    images, labels = next((images, labels) for images, labels in candidates if len(images))
     height, width = trigger.pattern.shape[1:]
     padded = [F.pad(pattern, (MAX_SHIFT,) * 4) for pattern in (trigger.pattern, mirror(trigger.pattern))]
     offsets = list(itertools.product(range(2 * MAX_SHIFT + 1), repeat=2))
