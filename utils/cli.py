@@ -33,7 +33,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the description as written, and each default that is not None or False."""
+    """Shows the description as written, N and X for whole and real numbers, each default that is not None or False."""
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "__name__", "")
+        return {"int": "N", "float": "X"}.get(kind) or super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action):
         hidden = action.default is None or action.default is False
