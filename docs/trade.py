@@ -23,6 +23,7 @@ from defenses.mcl import clean_finetune, purify, training_patterns
 from main import load_victim
 from utils.checkpoint import find_weights
 from utils.cli import is_comparison
+from utils.datasets import MIRRORED
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.errors import UserError, run_script
 from utils.files import write_csv, write_file
@@ -44,6 +45,8 @@ def main():
     published, _ = config.parse("main.py", [*sys.argv[1:], *PUBLISHED.split()])
     if is_comparison(opt) or opt.defense != "mcl" or opt.positive != "finetuned":
         raise UserError("docs.trade measures mcl with --positive finetuned on one model; omit --defense and --positive")
+    if opt.dataset not in MIRRORED or opt.contrast == "none":
+        raise UserError("docs.trade measures mcl's contrast on mirrored images; omit --contrast and --dataset GTSRB")
     device = pick_device(opt.device)
     opt.precision = published.precision = pick_precision(opt.precision, device)
     train_set, test_set = load_images(opt, "train"), load_images(opt, "test")

@@ -1,8 +1,9 @@
 """PreActResNet18 for small images (He et al., ECCV 2016), with the parameter names of published victims."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
+
+from models.resnet import ResNet18
 
 
 class PreActBlock(nn.Module):
@@ -24,32 +25,8 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True)).add_(shortcut)
 
 
-class PreActResNet18(nn.Module):
-    """Four groups of two blocks, 64 to 512 channels; the features have 512 dimensions."""
+class PreActResNet18(ResNet18):
+    """ResNet18 of pre-activation blocks, without batch norm in the stem."""
 
     def __init__(self, num_class):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, 1, padding=1, bias=False)
-        self.layer1 = nn.Sequential(PreActBlock(64, 64, 1), PreActBlock(64, 64, 1))
-        self.layer2 = nn.Sequential(PreActBlock(64, 128, 2), PreActBlock(128, 128, 1))
-        self.layer3 = nn.Sequential(PreActBlock(128, 256, 2), PreActBlock(256, 256, 1))
-        self.layer4 = nn.Sequential(PreActBlock(256, 512, 2), PreActBlock(512, 512, 1))
-        self.linear = nn.Linear(512, num_class)
-
-    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) normalised images -> (B, C, h, w) feature maps of the last three groups."""
-        layer2 = self.layer2(self.layer1(self.conv1(x)))
-        layer3 = self.layer3(layer2)
-        return [layer2, layer3, self.layer4(layer3)]
-
-    def pool(self, maps: torch.Tensor) -> torch.Tensor:
-        """(B, 512, h, w) feature maps of the last group -> (B, 512) features."""
-        return maps.mean((2, 3))
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised images -> (B, 512) pooled features."""
-        return self.pool(self.maps(x)[-1])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised images -> (B, num_class) logits."""
-        return self.linear(self.features(x))
+        super().__init__(num_class, PreActBlock, stem_norm=False)

@@ -26,19 +26,22 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """Four groups of two blocks, 64 to 512 channels; the features have 512 dimensions."""
 
-    def __init__(self, num_class):
+    def __init__(self, num_class, block=BasicBlock, stem_norm=True):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, 1, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
-        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
-        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
-        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
+        self.bn1 = nn.BatchNorm2d(64) if stem_norm else None
+        self.layer1 = nn.Sequential(block(64, 64, 1), block(64, 64, 1))
+        self.layer2 = nn.Sequential(block(64, 128, 2), block(128, 128, 1))
+        self.layer3 = nn.Sequential(block(128, 256, 2), block(256, 256, 1))
+        self.layer4 = nn.Sequential(block(256, 512, 2), block(512, 512, 1))
         self.linear = nn.Linear(512, num_class)
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, 3, H, W) normalised images -> (B, C, h, w) feature maps of the last three groups."""
-        layer2 = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        stem = self.conv1(x)
+        if self.bn1 is not None:
+            stem = F.relu(self.bn1(stem), inplace=True)
+        layer2 = self.layer2(self.layer1(stem))
         layer3 = self.layer3(layer2)
         return [layer2, layer3, self.layer4(layer3)]
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+import config
+import train_badnet
 from defenses import DEFENSE_FUNCTIONS
 from utils.reporting.tables import verdict
 
@@ -18,6 +20,11 @@ VICTIM = (
     *("--epochs", 6, "--lr", 0.1, "--batch_size", 64, "--inject_portion", 0.2),
     *("--trigger_type", "squareTrigger", "--trig_w", 5, "--trig_h", 5),
 )
+# What the checkpoint of this victim states of the options, in place of main.py's defaults.
+STATED_OPTIONS = {
+    **{"arch": "WRN-10-1", "num_class": 10, "normalize": [[0.5] * 3, [0.25] * 3], "target_type": "all2one"},
+    **{"trigger_type": "squareTrigger", "trig_w": 5, "trig_h": 5, "target_label": 5},
+}
 DEFENSE = ("--dataset", "shapes", "--device", "cpu", "--ratio", 0.1)
 
 
@@ -26,7 +33,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("run")
 
 
-def places(folder):
+def output_options(folder):
+    """The options that keep a run's files in `folder`."""
     return "--checkpoint_root", folder / "weight", "--log_root", folder / "results"
 
 
@@ -35,31 +43,31 @@ def metrics_of(folder, name):
 
 
 def without_seconds(folder, name):
-    """The rows of a comparison, but for the one figure that no two runs share."""
+    """The rows of a comparison, without the one column that differs between two runs."""
     with open(folder / "results" / name / "comparison.csv") as file:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="session")
 def victim(script, folder):
-    done = script("train_badnet.py", *VICTIM, *places(folder), "--name", "victim")
+    done = script("train_badnet.py", *VICTIM, *output_options(folder), "--name", "victim")
     assert done.returncode == 0, done.stderr
     return folder / "weight" / "shapes" / "victim.pth.tar"
 
 
 @pytest.fixture(scope="session")
 def purified(script, folder, victim):
-    done = script("main.py", *DEFENSE, *places(folder), "--model", victim, "--name", "first")
+    done = script("main.py", *DEFENSE, *output_options(folder), "--model", victim, "--name", "first")
     assert done.returncode == 0, done.stderr
     return done
 
 
 def test_the_victim_is_backdoored_and_says_so(folder, victim):
-    figures = metrics_of(folder, "victim")["victim"]
-    assert figures["asr"] > 95
-    assert figures["acc"] > 85
+    metrics = metrics_of(folder, "victim")["victim"]
+    assert metrics["asr"] > 95
+    assert metrics["acc"] > 85
     checkpoint = torch.load(victim, weights_only=True)
-    assert checkpoint["metrics"] == figures
+    assert checkpoint["metrics"] == metrics
     assert checkpoint["attack"]["target_label"] == 5
     assert "optimizer" not in checkpoint
 
@@ -78,13 +86,12 @@ def test_purification_removes_the_backdoor_and_keeps_the_accuracy(folder, purifi
     assert "a backdoor to label 5 is suspected" in purified.stdout
     assert metrics["trigger"]["hit_rate"] >= 90
     assert purified.stdout.splitlines()[-1] == verdict(metrics)
-    used = {"arch": "WRN-10-1", "num_class": 10, "trigger_type": "squareTrigger", "trig_w": 5, "target_label": 5}
-    assert {name: metrics["config"][name] for name in used} == used  # as the checkpoint states them
+    assert metrics["config"].items() >= STATED_OPTIONS.items()
     parts = {"data", "finetune", "detect", "inversion", "purify", "evaluate", "report", "total"}
     assert set(metrics["seconds"]) == parts
     assert metrics["seconds"]["detect"] < 3 * metrics["seconds"]["inversion"]
-    for figure in ("acc_published", "asr", "acc", "ra"):
-        assert f"{after[figure]:.2f}" in purified.stdout
+    for name in ("acc_published", "asr", "acc", "ra"):
+        assert f"{after[name]:.2f}" in purified.stdout
     assert "5 wedge" in purified.stdout
     with open(folder / "results" / "first" / "history.csv") as file:
         rows = list(csv.DictReader(file))
@@ -103,7 +110,7 @@ def test_a_run_without_measurements_has_no_curves_and_says_so(folder, victim):
 
 def test_the_purified_weights_measure_what_was_reported(script, folder, purified):
     done = script(
-        "main.py", "--dataset", "shapes", "--defense", "none", *places(folder),
+        "main.py", "--dataset", "shapes", "--defense", "none", *output_options(folder),
         "--model", folder / "weight" / "first.tar", "--name", "again", "--retune", 5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -120,7 +127,7 @@ def test_the_purified_weights_measure_what_was_reported(script, folder, purified
 
 
 def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
-    short = (*DEFENSE, *places(folder), "--model", victim, "--epochs", 1, "--finetune_epochs", 1)
+    short = (*DEFENSE, *output_options(folder), "--model", victim, "--epochs", 1, "--finetune_epochs", 1)
     short += ("--inversion_rounds", 1)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         done = script("main.py", *short, "--seed", seed, "--name", name, "--target", 5)
@@ -134,7 +141,7 @@ def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
 
 
 def test_a_clean_model_is_left_unchanged(script, folder, clean):
-    words = (*DEFENSE, *places(folder), "--model", clean[-1], "--batch_size", 32)
+    words = (*DEFENSE, *output_options(folder), "--model", clean[-1], "--batch_size", 32)
     done = script("main.py", *words, "--name", "left")
     assert done.returncode == 0, done.stderr
     assert "no backdoor was found" in done.stdout
@@ -146,7 +153,7 @@ def test_a_clean_model_is_left_unchanged(script, folder, clean):
 
 
 def test_a_comparison_runs_every_defense(script, folder, victim):
-    words = (*DEFENSE, *places(folder), "--model", victim, "--defense", "all", "--name", "table", "--target", 5)
+    words = (*DEFENSE, *output_options(folder), "--model", victim, "--defense", "all", "--name", "table", "--target", 5)
     words += ("--epochs", 1, "--finetune_epochs", 1, "--inversion_rounds", 1, "--print_freq", 0, "--ratio", 0.05)
     done = script("main.py", *words)
     assert done.returncode == 0, done.stderr
@@ -155,7 +162,7 @@ def test_a_comparison_runs_every_defense(script, folder, victim):
 
 
 def test_a_comparison_interrupted_and_resumed_ends_as_one_left_alone(script, folder, victim, clean, interrupted):
-    words = [*DEFENSE, *places(folder), "--model", victim, clean[-1], "--defense", "ft", "--epochs", 2, "--name"]
+    words = [*DEFENSE, *output_options(folder), "--model", victim, clean[-1], "--defense", "ft", "--epochs", 2, "--name"]
     assert script("main.py", *words, "alone").returncode == 0
     exit_code, error = interrupted("main.py", *words, "stopped", when="clean, ft")
     command = shlex.join(["python", str(ROOT / "main.py"), *map(str, words), "stopped", "--resume"])
@@ -164,13 +171,16 @@ def test_a_comparison_interrupted_and_resumed_ends_as_one_left_alone(script, fol
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("(finished before)") == 1
     assert without_seconds(folder, "stopped") == without_seconds(folder, "alone")
-    assert metrics_of(folder, "stopped/victim-ft")["config"]["trigger_type"] == "squareTrigger"
+    for name in ("alone/victim-ft", "stopped/victim-ft"):
+        assert metrics_of(folder, name)["config"].items() >= STATED_OPTIONS.items()
+    clean_options = STATED_OPTIONS | {"trigger_type": "gridTrigger", "trig_w": None, "trig_h": None}
+    assert metrics_of(folder, "stopped/WRN-10-1-clean-ft")["config"].items() >= clean_options.items()
 
 
 def test_the_published_recipe_is_reachable(script, folder, victim):
     words = "--positive backdoored --contrast all --align_weight 0 --augment none --ema 0 --schedule steps --epochs 1"
     words += " --inversion_steps 20 --target 5"
-    done = script("main.py", *DEFENSE, *places(folder), "--model", victim, "--name", "published", *words.split())
+    done = script("main.py", *DEFENSE, *output_options(folder), "--model", victim, "--name", "published", *words.split())
     assert done.returncode == 0, done.stderr
     assert metrics_of(folder, "published")["trigger"]["hit_rate"] >= 90
 
@@ -190,20 +200,31 @@ def test_the_published_recipe_is_reachable(script, folder, victim):
         ),
     ],
 )
-def test_a_run_that_fails_is_one_line_and_leaves_nothing(script, folder, victim, words, code, error):
+def test_a_run_that_fails_is_one_line_and_leaves_nothing(script, tmp_path, victim, words, code, error):
     model = () if "--model" in words else ("--model", victim)
-    done = script("main.py", *DEFENSE, *places(folder), "--name", "bad", *model, *words)
+    done = script("main.py", *DEFENSE, *output_options(tmp_path), "--name", "bad", *model, *words)
     assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
     assert error in done.stderr
-    assert not (folder / "weight" / "bad.tar").exists()
-    assert not (folder / "results" / "bad").exists()
+    assert not list(tmp_path.iterdir())  # neither weight/ nor results/
 
 
 def test_a_rerun_announces_what_it_replaces(script, folder, victim):
-    words = ("--dataset", "shapes", "--device", "cpu", "--defense", "none", *places(folder), "--model", victim)
+    words = ("--dataset", "shapes", "--device", "cpu", "--defense", "none", *output_options(folder), "--model", victim)
     outputs = [script("main.py", *words, "--name", "twice").stdout for _ in range(2)]
     assert ["holds an earlier run, which this one replaces" in output for output in outputs] == [False, True]
     assert outputs[0].splitlines()[-1].startswith("The model is backdoored: ASR ")
+
+
+def test_a_second_training_announces_what_it_replaces(tmp_path, capsys):
+    words = ("--dataset", "shapes", *output_options(tmp_path))
+    opt, _ = config.parse("train_badnet.py", [*map(str, words)])
+    weights, _ = train_badnet.check_output(opt, is_main_process=True)
+    assert not capsys.readouterr().out
+    os.makedirs(os.path.dirname(weights))
+    with open(weights, "w"):
+        pass
+    train_badnet.check_output(opt, is_main_process=True)
+    assert f"{weights} is replaced when this training ends" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["main.py", "train_badnet.py"])
@@ -217,26 +238,29 @@ def test_help_opens_with_the_purpose_and_examples(script, name):
 @pytest.fixture(scope="session")
 def clean(script, folder):
     words = ("--dataset", "shapes", "--arch", "WRN-10-1", "--device", "cpu", "--print_freq", 0, "--epochs", 1)
-    done = script("train_badnet.py", *words, "--inject_portion", 0, *places(folder))
+    done = script("train_badnet.py", *words, "--inject_portion", 0, *output_options(folder))
     assert done.returncode == 0, done.stderr
     return (*words, "--surrogate", folder / "weight" / "shapes" / "WRN-10-1-clean.pth.tar")
 
 
 def test_a_victim_with_a_patch_from_a_clean_model_measures_the_same_again(script, folder, clean):
-    done = script("train_badnet.py", *clean, "--trigger_type", "trojanTrigger", *places(folder))
+    done = script("train_badnet.py", *clean, "--trigger_type", "trojanTrigger", *output_options(folder))
     assert done.returncode == 0, done.stderr
+    metrics = metrics_of(folder, "shapes-WRN-10-1-trojan")
+    assert done.stdout.splitlines()[-1] == verdict(metrics)
     path = folder / "weight" / "shapes" / "WRN-10-1-trojan.pth.tar"
     words = ("--dataset", "shapes", "--device", "cpu", "--defense", "none", "--model", path, "--name", "x")
-    done = script("main.py", *words, *places(folder))
+    done = script("main.py", *words, *output_options(folder))
     assert done.returncode == 0, done.stderr
-    assert metrics_of(folder, "x")["before"] == metrics_of(folder, "shapes-WRN-10-1-trojan")["victim"]
+    assert metrics_of(folder, "x")["before"] == metrics["victim"]
 
 
 def test_a_missing_clean_model_says_how_to_train_one(script, tmp_path):
     words = ("--dataset", "shapes", "--trigger_type", "trojanTrigger", "--surrogate", "nowhere.tar")
-    done = script("train_badnet.py", *words, *places(tmp_path))
+    done = script("train_badnet.py", *words, *output_options(tmp_path))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "train one: python train_badnet.py --dataset shapes --inject_portion 0" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_attack_sheet_has_a_row_for_each_trigger(script, folder, clean):
@@ -267,8 +291,8 @@ def test_the_published_victim_measures_as_published(script, tmp_path, cifar_root
     if not os.path.exists(published):
         pytest.skip("no published victim here: set MCL_PUBLISHED_VICTIM to the MCL paper's WRN-16-1-badnet.pth.tar")
     words = ("--data_root", cifar_root, "--model", published, "--defense", "none", "--device", "cpu", "--name", "x")
-    done = script("main.py", *words, *places(tmp_path))
+    done = script("main.py", *words, *output_options(tmp_path))
     assert done.returncode == 0, done.stderr
-    figures = metrics_of(tmp_path, "x")["before"]
+    metrics = metrics_of(tmp_path, "x")["before"]
     # Of 9,000, 9,000 and 10,000 images.
-    assert [round(figures[name], 2) for name in ("acc_published", "asr", "acc")] == [83.01, 99.64, 82.40]
+    assert [round(metrics[name], 2) for name in ("acc_published", "asr", "acc")] == [83.01, 99.64, 82.40]
