@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ROOT
 
 import config
 from defenses import DEFENSE_FUNCTIONS
@@ -80,6 +81,14 @@ def test_a_clean_model_has_no_options_of_poisoned_images(capsys):
     with pytest.raises(SystemExit):
         config.parse("train_badnet.py", [*words, "--noise_ratio", "1"])
     assert "--noise_ratio applies only with --inject_portion above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["main.py", "train_badnet.py"])
+def test_help_opens_with_the_purpose_and_examples(script, name):
+    lines = script(name, "--help").stdout.splitlines()
+    assert lines[0] == (ROOT / name).read_text().splitlines()[0].strip('"')
+    options = next(i for i, line in enumerate(lines) if line.startswith("options:"))
+    assert sum(f"python {name}" in line for line in lines[:options]) >= 3
 
 
 def test_each_script_has_only_its_own_options():
