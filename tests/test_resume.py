@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import METADATA, ROOT
 from PIL import Image
 
+import config
 import train_badnet
 from data_loader import Batches, TensorImages
 from models import select_model
@@ -248,3 +249,15 @@ def test_ctrl_c_prints_the_command_to_resume(tmp_path, interrupted):
         130,
         f"error: stopped; continue with: {command}\n",
     )
+
+
+def test_a_second_training_announces_what_it_replaces(tmp_path, capsys):
+    folders = ("--checkpoint_root", tmp_path / "weight", "--log_root", tmp_path / "results")
+    opt, _ = config.parse("train_badnet.py", ["--dataset", "shapes", *map(str, folders)])
+    weights, _ = train_badnet.check_output(opt, is_main_process=True)
+    assert not capsys.readouterr().out
+    os.makedirs(os.path.dirname(weights))
+    with open(weights, "w"):
+        pass
+    train_badnet.check_output(opt, is_main_process=True)
+    assert f"{weights} is replaced when this training ends" in capsys.readouterr().out

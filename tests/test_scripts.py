@@ -4,13 +4,12 @@ import csv
 import json
 import os
 import shlex
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT
 
-import config
-import train_badnet
 from defenses import DEFENSE_FUNCTIONS
 from utils.reporting.tables import verdict
 
@@ -164,7 +163,7 @@ def test_a_comparison_runs_every_defense(script, folder, victim):
     done = script("main.py", *words)
     assert done.returncode == 0, done.stderr
     assert [row["defense"] for row in without_seconds(folder, "table")] == list(DEFENSE_FUNCTIONS)
-    assert {"comparison.md", "comparison.png"} <= set(os.listdir(folder / "results" / "table"))
+    assert (folder / "results" / "table" / "comparison.md").is_file()
 
 
 def test_a_comparison_interrupted_and_resumed_ends_as_one_left_alone(script, folder, victim, clean, interrupted):
@@ -224,18 +223,6 @@ def test_a_rerun_announces_what_it_replaces(script, folder, victim):
     assert outputs[0].splitlines()[-1].startswith("The model is backdoored: ASR ")
 
 
-def test_a_second_training_announces_what_it_replaces(tmp_path, capsys):
-    words = ("--dataset", "shapes", *output_options(tmp_path))
-    opt, _ = config.parse("train_badnet.py", [*map(str, words)])
-    weights, _ = train_badnet.check_output(opt, is_main_process=True)
-    assert not capsys.readouterr().out
-    os.makedirs(os.path.dirname(weights))
-    with open(weights, "w"):
-        pass
-    train_badnet.check_output(opt, is_main_process=True)
-    assert f"{weights} is replaced when this training ends" in capsys.readouterr().out
-
-
 @pytest.fixture(scope="session")
 def clean(script, folder):
     words = ("--dataset", "shapes", "--arch", "WRN-10-1", "--device", "cpu", "--print_freq", 0, "--epochs", 1)
@@ -264,11 +251,13 @@ def test_a_missing_clean_model_says_how_to_train_one(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_attack_sheet_has_a_row_for_each_trigger(script, folder, clean):
-    done = script("-m", "docs.draw_attacks", "--dataset", "shapes", "--surrogate", clean[-1], "--out", folder / "a.png")
+def test_the_attack_sheet_has_a_row_for_each_trigger(script, tmp_path, clean):
+    os.makedirs(tmp_path / "shapes")
+    shutil.copy(clean[-1], tmp_path / "shapes" / "WRN-16-1-clean.pth.tar")
+    done = script("-m", "docs.draw_attacks", tmp_path / "a.png", "--dataset", "shapes", "--checkpoint_root", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "10 attacks" in done.stdout
-    assert (folder / "a.png").stat().st_size > 10_000
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("shipped", ["CIFAR10", "shapes"])

@@ -1,15 +1,13 @@
-"""Comparison of several defenses on one or more victims: comparison.csv, .md and .png, and the text for a terminal."""
+"""Comparison of several defenses on one or more victims: comparison.csv and .md, and the text for a terminal."""
 
 import os
 
 from utils.files import write_csv, write_text
-from utils.reporting.picture import CLEAN, MODELS, TRIGGERED, new_picture
 from utils.reporting.tables import METRICS, format_cell, is_backdoored, markdown_table, text_table
 
 # column -> label, function for its best value
 COLUMNS = {key: (METRICS[key][0], min if key == "asr" else max) for key in ("acc", "acc_published", "asr", "ra")}
 COLUMNS |= {"seconds": ("seconds", min)}
-BAR_COLOURS = {"acc": CLEAN, "asr": TRIGGERED, "ra": MODELS["after"]}
 DEFENSE_STAGES = ("finetune", "detect", "inversion", "purify")  # stages of a run that are the defense's own
 NOTE = "best of its {}, among the defenses after which the backdoor is gone (ASR at most 1 point above its floor)"
 
@@ -75,35 +73,13 @@ def comparison_text(rows: list[dict]) -> str:
 
 
 def write_comparison(folder: str, rows: list[dict]) -> None:
-    """Write comparison.csv (the rows), .md (the tables) and .png (bars), if there are rows; RunError if that fails."""
+    """Write comparison.csv (the rows) and .md (the tables), if there are rows; RunError if that fails."""
     if not rows:
         return
     write_csv(os.path.join(folder, "comparison.csv"), rows)
     tables = comparison_tables(rows, "**{}**".format)
     parts = [f"{title}\n\n{markdown_table(header, cells)}\n" for title, header, cells in tables]
     write_text(os.path.join(folder, "comparison.md"), "\n".join(parts + [f"Bold: {note}.\n" for note in _notes(rows)]))
-    draw_comparison(os.path.join(folder, "comparison.png"), rows)
-
-
-def draw_comparison(path: str, rows: list[dict]) -> None:
-    """Draw ACC, ASR and RA of each defense as bars, a row of panels for each victim; lines show the victim itself."""
-    by_victim = _by_victim(rows)
-    with new_picture(path, 9, len(by_victim) * (0.9 + 0.22 * max(map(len, by_victim.values())))) as figure:
-        panels = figure.subplots(len(by_victim), len(BAR_COLOURS), squeeze=False, sharex=True)
-        for line, (victim, runs) in zip(panels, by_victim.items(), strict=True):
-            for panel, (key, colour) in zip(line, BAR_COLOURS.items(), strict=True):
-                bars = panel.barh(range(len(runs)), [row[key] or 0 for row in runs], color=colour, height=0.7)
-                panel.bar_label(bars, [format_cell(row[key]) for row in runs], padding=2, fontsize=8)
-                if runs[0][f"before_{key}"] is not None:
-                    panel.axvline(runs[0][f"before_{key}"], color="black", linewidth=1, linestyle=":")
-                panel.set_yticks(range(len(runs)), [row["defense"] for row in runs] if key == "acc" else [])
-                panel.set(xlim=(0, 115), xticks=range(0, 101, 25))
-                panel.invert_yaxis()
-                panel.grid(axis="y", visible=False)
-                panel.set_title(
-                    f"{METRICS[key][0]}, %   {victim}" if key == "acc" else f"{METRICS[key][0]}, %", loc="left"
-                )
-        figure.supxlabel("percent; dotted: the victim itself", fontsize=8)
 
 
 def _by_victim(rows):
