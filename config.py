@@ -112,6 +112,13 @@ DEFENSES = {
         "epochs": 10, "batch_size": 128, "lr": 0.01, "schedule": "cosine",
         "momentum": 0.9, "weight_decay": 0.0, "augment": "crop_flip",
     },
+    "pam": {  # Min et al., NeurIPS 2024; rho published: 0.3 to 0.9
+        "target": "auto", "force": False,
+        "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3,
+        "rho": 0.5,
+        "epochs": 20, "batch_size": 64, "lr": 0.01, "schedule": "cosine",
+        "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
+    },
 }
 # fmt: on
 
@@ -224,7 +231,7 @@ def _add_defense(parser):
     add_own("align_weight", "weight of the alignment loss, 1 - cos(z, z+)", type=cli.zero_or_more)
     add_own("contrast", "images in the contrast; others: not the target's; none: alignment alone", choices=CONTRASTS)
     add_own("ema", "decay of the averaged weights; 0: no averaging", type=cli.decay)
-    add_own("rho", "radius of the sharpness search, relative to the weights", type=cli.above_zero)
+    add_own("rho", "distance from the weights at which the gradient is taken", type=cli.above_zero)
     add_own("alpha", "weight of the product of the new and the old last layer", type=cli.zero_or_more)
     cli.add_undeclared_options(parser, add, DEFENSES)
 

@@ -1,6 +1,6 @@
 """The defenses: functions of a DefenseContext and their own options that return a DefenseResult."""
 
-from defenses import fst, ft, ftsam, ibau, mcl, nad, nc
+from defenses import fst, ft, ftsam, ibau, mcl, nad, nc, pam
 from defenses.base import DefenseContext, DefenseResult
 
 # A new defense is a file in this folder, an entry here, and a recipe in config.DEFENSES.
@@ -12,6 +12,7 @@ DEFENSE_FUNCTIONS = {
     "nc": nc.defend,
     "ftsam": ftsam.defend,
     "fst": fst.defend,
+    "pam": pam.defend,
 }
 
 __all__ = ["DEFENSE_FUNCTIONS", "DefenseContext", "DefenseResult"]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from defenses.inversion import InvertedTrigger, find_trigger
+from defenses.inversion import InvertedTrigger, find_trigger, shifted_patterns
 from utils.progress import Stopwatch
 
 
@@ -40,6 +40,15 @@ class DefenseContext(NamedTuple):
         budget = rounds, steps, batches_per_step, precision
         with self.clock("inversion"):
             return find_trigger(self.victim, self.plain_batches, self.target, self.device, self.seed, *budget)
+
+    def training_patterns(self, trigger: InvertedTrigger) -> torch.Tensor:
+        """The patterns to purify with, (V, C, H, W): shifted as the augmentation shifts images, if the victim responds.
+
+        Waves are not shifted: their other phases are among them.
+        """
+        if trigger.others is not None or not self.augmented:
+            return trigger.patterns
+        return shifted_patterns(self.victim, trigger, self.plain_batches, self.target)
 
 
 class DefenseResult(NamedTuple):

@@ -37,6 +37,24 @@ def frozen_bn_stats(model):
         layer.momentum = momentum
 
 
+def step_at_offsets(model, offsets: list[torch.Tensor], optimizer, loss_of) -> torch.Tensor:
+    """Take an optimizer step with the gradient of loss_of() at the weights plus the offsets; returns that loss."""
+    weights = list(model.parameters())
+    original = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight, offset in zip(weights, offsets, strict=True):
+            weight.add_(offset)
+    optimizer.zero_grad()
+    with frozen_bn_stats(model):
+        loss = loss_of()
+        loss.backward()
+    with torch.no_grad():
+        for weight, value in zip(weights, original, strict=True):
+            weight.copy_(value)
+    optimizer.step()
+    return loss.detach()
+
+
 def defend(context, *, rho, **training) -> DefenseResult:
     """Train a copy of the victim on the clean split; each step takes the gradient at the sharpest point nearby.
 
@@ -50,18 +68,10 @@ def defend(context, *, rho, **training) -> DefenseResult:
 
     def update(optimizer, loss_of):
         loss = loss_of()
-        original = [weight.detach().clone() for weight in weights]
-        offsets = sharpest_offsets(original, torch.autograd.grad(loss, weights), rho)
+        gradients = torch.autograd.grad(loss, weights)
         with torch.no_grad():
-            for weight, offset in zip(weights, offsets, strict=True):
-                weight.add_(offset)
-        optimizer.zero_grad()
-        with frozen_bn_stats(student):
-            loss_of().backward()
-        with torch.no_grad():
-            for weight, value in zip(weights, original, strict=True):
-                weight.copy_(value)
-        optimizer.step()
+            offsets = sharpest_offsets(weights, gradients, rho)
+        step_at_offsets(student, offsets, optimizer, loss_of)
         return loss.detach()
 
     def loss_of(images, labels):

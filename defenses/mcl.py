@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from defenses.base import DefenseResult
-from defenses.inversion import PatternApplier, shifted_patterns
+from defenses.inversion import PatternApplier
 from utils.training import train
 
 
@@ -67,7 +67,7 @@ def defend(
         student, history = purify(
             context.victim,
             positive_model,
-            training_patterns(context, trigger),
+            context.training_patterns(trigger),
             context.train_batches,
             context.device,
             temperature=temperature,
@@ -81,16 +81,6 @@ def defend(
             **sgd,
         )
     return DefenseResult(student, history, trigger)
-
-
-def training_patterns(context, trigger) -> torch.Tensor:
-    """The patterns to purify with, (V, C, H, W): shifted as the augmentation shifts images, if the victim responds.
-
-    Waves are not shifted: their other phases are among them.
-    """
-    if trigger.others is not None or not context.augmented:
-        return trigger.patterns
-    return shifted_patterns(context.victim, trigger, context.plain_batches, context.target)
 
 
 def contrastive_loss(anchor, positive, negative, temperature: float) -> torch.Tensor:

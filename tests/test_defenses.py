@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_weights, sgd_step_by_hand, state_vector
 
-from defenses import DEFENSE_FUNCTIONS, fst, ft, ftsam, nad, nc
+from defenses import DEFENSE_FUNCTIONS, fst, ft, ftsam, nad, nc, pam
 from defenses.inversion import PatternApplier
 from models import select_model
 from utils.seed import generator
@@ -26,6 +26,7 @@ RECIPES = {
     "nc": SGD | INVERSION,
     "ftsam": SGD | {"rho": 2.0},
     "fst": SGD | {"alpha": 0.2},
+    "pam": SGD | INVERSION | {"rho": 0.5},
 }
 ONE_STEP = {"epochs": 1, "lr": 0.05, "momentum": 0.0, "schedule": "cosine"}
 
@@ -104,6 +105,37 @@ def test_ftsam_by_hand(make_context, victim, batches):
     result = run_one_step("ftsam", make_context, batches[0], rho=0.5)
     assert result.history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert_weights(result.student, expected)
+
+
+def test_pam_by_hand(make_context, victim, batches, trigger):
+    images, labels = batches[0]
+    triggered = torch.cat([trigger.apply(images[0])[None], trigger.apply(images[1])[None], images[2:]])
+    first = student_of(victim)  # at the victim itself the first step is a plain one
+    moved = sgd_step_by_hand(first, cross_entropy(first(triggered), labels), ONE_STEP["lr"])
+    way = {name: weight - moved[name] for name, weight in victim.named_parameters()}
+    distance = torch.cat([part.flatten() for part in way.values()]).norm()
+    between = student_of(victim)
+    with torch.no_grad():
+        for name, weight in between.named_parameters():
+            weight.copy_(moved[name] + 0.25 * way[name])
+    loss = cross_entropy(between(triggered), labels)
+    gradients = torch.autograd.grad(loss, list(between.parameters()))
+    settings = {**RECIPES["pam"], **ONE_STEP, "schedule": "constant", "rho": 0.25 * distance.item()}
+    context = make_context(train_batches=[batches[0]] * 2, augmented=False)
+    result = DEFENSE_FUNCTIONS["pam"](context, **settings)
+    expected = {
+        name: weight - ONE_STEP["lr"] * gradient
+        for (name, weight), gradient in zip(moved.items(), gradients, strict=True)
+    }
+    assert_weights(result.student, expected)
+
+
+def test_the_way_to_a_nearer_victim_is_walked_to_its_end():
+    weights, victim_weights = [torch.zeros(2), torch.zeros(1)], [torch.tensor([3.0, 0.0]), torch.tensor([4.0])]
+    for rho, length in ((1.0, 1.0), (10.0, 5.0)):
+        offsets = torch.cat(pam.path_offsets(weights, victim_weights, rho))
+        assert torch.allclose(offsets, length * torch.tensor([0.6, 0.0, 0.8]))
+    assert torch.cat(pam.path_offsets(weights, weights, 0.5)).tolist() == [0.0] * 3
 
 
 def test_fst_by_hand(make_context, victim, batches):
@@ -226,6 +258,7 @@ def test_every_defense_is_reproducible_and_leaves_the_victim_alone(name, make_co
         ("ibau", {"lr": 0.001}),
         ("ibau", {"epochs": 1}),
         ("ftsam", {"rho": 0.5}),
+        ("pam", {"rho": 0.01}),
         ("fst", {"alpha": 0.0}),
         ("fst", {"seed": 1}),
     ],

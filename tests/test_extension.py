@@ -60,7 +60,7 @@ def extended(tmp_path_factory):
         entry = place + entry if entry else f"from attacks.row import row_trigger\n{place}"
         (copy / name).write_text(text.replace(place, entry))
     init = copy / "defenses" / "__init__.py"
-    init.write_text(init.read_text().replace("mcl, nad, nc\n", "mcl, nad, nc, scaling\n"))
+    init.write_text(init.read_text().replace("from defenses import ", "from defenses import scaling, ", 1))
     return copy
 
 

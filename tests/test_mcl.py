@@ -10,7 +10,7 @@ from conftest import assert_weights, sgd_step_by_hand, state_vector
 
 from defenses import mcl
 from defenses.inversion import InvertedTrigger, apply_patterns, shifted_patterns
-from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, purify, training_patterns
+from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, purify
 
 CPU = torch.device("cpu")
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -239,10 +239,10 @@ def test_the_trigger_is_shifted_if_images_are_augmented_and_the_victim_responds(
 
     dark = [(0.5 * images, torch.zeros_like(labels)) for images, labels in batches]
     context = make_context(victim=CornerVictim(), train_batches=[], plain_batches=dark)
-    patterns = training_patterns(context, trigger)
+    patterns = context.training_patterns(trigger)
     assert torch.equal(patterns[0], trigger.pattern)
     assert torch.equal(patterns, shifted_patterns(CornerVictim(), trigger, dark, 1))
     assert len(patterns) > 1
-    assert torch.equal(training_patterns(context._replace(augmented=False), trigger), trigger.pattern[None])
+    assert torch.equal(context._replace(augmented=False).training_patterns(trigger), trigger.pattern[None])
     waves = InvertedTrigger(trigger.pattern, 1.0, -trigger.pattern[None])
-    assert torch.equal(training_patterns(context, waves), torch.stack([trigger.pattern, -trigger.pattern]))
+    assert torch.equal(context.training_patterns(waves), torch.stack([trigger.pattern, -trigger.pattern]))
