@@ -120,6 +120,11 @@ class Batches:
         window = torch.arange(self.height)[:, None] * self.row_stride + torch.arange(self.width)
         self.windows = torch.stack([window, window.flip(1)]).to(device)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        return 3, self.height, self.width
+
     def __len__(self):
         full, rest = divmod(self.count, self.batch_size)
         return full + (rest > 0 and not self.drop_last)

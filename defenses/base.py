@@ -14,7 +14,8 @@ class DefenseContext(NamedTuple):
     """A victim to purify, and the defender's means.
 
     victim: f_B, frozen, in eval mode, on (B, 3, H, W) images in [0, 1].
-    train_batches: batches of the clean split to train on, (images (B, 3, H, W) in [0, 1], labels (B,)), with a length.
+    train_batches: batches of the clean split to train on, (images (B, 3, H, W) in [0, 1], labels (B,)), with a length
+        and an image_shape, (3, H, W).
     plain_batches: the same images without augmentation.
     augmented: whether `train_batches` are cropped, and flipped if `mirrored`.
     seed: of every draw.

@@ -50,8 +50,7 @@ def hypergradient(inner_loss, outer_loss, inner, weights, step, iterations) -> l
 
 def worst_perturbation(model, batches, device, precision) -> torch.Tensor:
     """d, (3, H, W) of norm up to RADIUS, that moves the model away from its own predictions; one pass."""
-    shape = next(iter(batches))[0].shape[1:]
-    perturbation = torch.zeros(shape, device=device, requires_grad=True)
+    perturbation = torch.zeros(batches.image_shape, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([perturbation], INNER_LR)
     for images, _ in batches:
         with autocast(device, precision):

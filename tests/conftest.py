@@ -41,6 +41,14 @@ def assert_weights(model, expected, atol=1e-6):
     torch.testing.assert_close(dict(model.requires_grad_(False).named_parameters()), expected, rtol=1e-4, atol=atol)
 
 
+class FixedBatches(list):
+    """The same batches in every epoch."""
+
+    @property
+    def image_shape(self):
+        return tuple(self[0][0].shape[1:])
+
+
 class RecordingForm(PixelForm):
     """Records the parameters in each update of an inversion, and the weights of their penalties."""
 
@@ -72,7 +80,8 @@ def victim():
 def batches():
     """Three batches of eight random images for `victim`, with labels."""
     rng = torch.Generator().manual_seed(0)
-    return [(torch.rand(8, 3, 8, 8, generator=rng), torch.randint(3, (8,), generator=rng)) for _ in range(3)]
+    drawn = [(torch.rand(8, 3, 8, 8, generator=rng), torch.randint(3, (8,), generator=rng)) for _ in range(3)]
+    return FixedBatches(drawn)
 
 
 @pytest.fixture

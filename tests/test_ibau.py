@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_weights
+from conftest import FixedBatches, assert_weights
 
 from defenses import ibau
 
@@ -74,7 +74,7 @@ def test_one_batch_by_hand(make_context, victim, batches):
 
     names, weights = zip(*student.named_parameters(), strict=True)
     gradients = ibau.hypergradient(inner_loss, outer_loss, perturbation, weights, 0.1, 5)
-    result = ibau.defend(make_context(train_batches=batches[:1]), epochs=1, lr=0.01, precision="fp32")
+    result = ibau.defend(make_context(train_batches=FixedBatches(batches[:1])), epochs=1, lr=0.01, precision="fp32")
     loss = outer_loss(perturbation).item()
     assert abs(loss - outer_loss(0).item()) > 1e-3
     assert result.history[0]["loss"] == pytest.approx(loss, rel=1e-5)

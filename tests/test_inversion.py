@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import RecordingForm
+from conftest import FixedBatches, RecordingForm
 
 from defenses import DefenseContext
 from defenses.inversion import ANY_OTHER, InvertedTrigger, apply_patterns, shifted_patterns
@@ -67,7 +67,7 @@ GREY = torch.full((4, 3, 16, 16), 0.5)
 
 def label_zero(images):
     """One batch of the images, all of label 0."""
-    return [(images, torch.zeros(len(images), dtype=torch.int64))]
+    return FixedBatches([(images, torch.zeros(len(images), dtype=torch.int64))])
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def batches():
 def invert(victim, batches, target=1, **settings):
     rng = torch.Generator().manual_seed(1)
     settings = {"rounds": 1, "steps": 50, "batches_per_step": 4, **settings}
-    return invert_trigger(victim, batches, target, CPU, rng, **settings)
+    return invert_trigger(victim, FixedBatches(batches), target, CPU, rng, **settings)
 
 
 def test_a_trigger_counts_its_pixels_and_stays_in_range():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RecordingForm
+from conftest import FixedBatches, RecordingForm
 
 from defenses.inversion import ANY_OTHER, choose_label, search_target, target_search
 from defenses.inversion.patterns import PixelForm, WarpForm
@@ -101,7 +101,7 @@ def all_patterns_in_one_forward(monkeypatch):
 
 
 def search(victim, batches, seed=1, **settings):
-    return search_target(victim, batches, 8, CPU, torch.Generator().manual_seed(seed), **settings)
+    return search_target(victim, FixedBatches(batches), 8, CPU, torch.Generator().manual_seed(seed), **settings)
 
 
 def flagged_labels(scores):

@@ -68,7 +68,8 @@ def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_
 
     Args:
         victim: f_B, frozen, in eval mode, on images in [0, 1].
-        batches: clean (images, labels) batches, repeated without end; images of the target class are left out.
+        batches: clean (images, labels) batches with an image_shape, repeated without end; images of the target class
+            are left out.
         target: the label, 0..K-1, or ANY_OTHER.
         rng: source of the start of each round.
         rounds: maximum; the inversion ends after IDLE_ROUNDS rounds in a row without a smaller pattern.
@@ -77,7 +78,7 @@ def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_
     Returns:
         the best InvertedTrigger, or None if no step of the first round reaches a hit rate of 0.9.
     """
-    form = PixelForm(next(iter(batches))[0].shape[1:])
+    form = PixelForm(batches.image_shape)
     stream = endless(batches)
     start, weight = form.start(1, rng), form.first_weight
     best, idle_rounds = None, 0
@@ -110,7 +111,7 @@ def invert_warp(victim, batches, target, device, rng, steps, batches_per_step, p
     Returns:
         the InvertedTrigger, or None if no warp within MAX_WARP of the width reaches a hit rate of 0.9.
     """
-    form = WarpForm(next(iter(batches))[0].shape[1:])
+    form = WarpForm(batches.image_shape)
     with progress_bar("warp", steps, "step") as bar:
         budget = steps, batches_per_step, precision, bar
         start = form.start(1, rng).to(device)

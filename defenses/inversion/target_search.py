@@ -74,8 +74,8 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
 
     Args:
         victim: f_B, frozen, in eval mode, on images in [0, 1].
-        batches: clean (images, labels) batches, repeated without end. Images of a label do not count for it; those that
-            the victim misclassifies do not count for ANY_OTHER.
+        batches: clean (images, labels) batches with an image_shape, repeated without end. Images of a label do not
+            count for it; those that the victim misclassifies do not count for ANY_OTHER.
         num_class: K.
         rng: source of the patterns' start.
         steps: batches, each with an update of every pattern for each MICRO_BATCH images.
@@ -83,8 +83,8 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     Returns:
         K scores by label, and one of ANY_OTHER; if no pixel pattern is flagged, as many again, of warps.
     """
-    shape, scores = next(iter(batches))[0].shape[1:], []
-    for form in (PixelForm(shape), WarpForm(shape)):
+    scores = []
+    for form in (PixelForm(batches.image_shape), WarpForm(batches.image_shape)):
         scores += search_form(victim, batches, num_class, device, rng, form, steps, precision)
         if any(score.flagged for score in scores):
             break
