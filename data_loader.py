@@ -4,6 +4,7 @@ Images are stored as (N, H, W, 3) uint8; batches are (B, 3, H, W) floats in [0, 
 Normalization is the model's first step.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ from attacks import Attack
 from attacks.retune import BATCH_SIZE as RETUNE_BATCH
 from attacks.retune import CLEAN_IMAGES, DRAWS
 from utils.datasets import MIRRORED, NORMALIZATION, ImageSet, read_dataset
+from utils.distributed import ONE_PROCESS, Processes
 from utils.errors import UserError
 from utils.seed import generator
 
 TRAIN_PADDING = 4  # pixels of black around a random crop, the usual value for CIFAR-10
 CLEAN_PADDING = 2  # less for the defender, whose positive model may never have seen a shifted image
+EPOCH_IMAGES = 2_500  # of the defender, at least: fewer clean images are repeated, so that the steps do not fall
 MONITOR_IMAGES = 1_000
 EVAL_BATCH = 125
 
@@ -93,6 +96,7 @@ class Batches:
         mirror: random flips as well.
         rng: source of order, crops and flips.
         drop_last: leave out a last batch that is not full.
+        repeat: how often an epoch has each image, each time in a new order.
         shard: (i, n): the i-th of n equal parts of each batch, for data-parallel training in n processes.
     """
 
@@ -106,6 +110,7 @@ class Batches:
         padding=None,
         mirror=True,
         drop_last=False,
+        repeat=1,
         rng=None,
         shard=(0, 1),
     ):
@@ -116,7 +121,7 @@ class Batches:
         self.row_stride, self.image_stride = images.shape[2], images.shape[1] * images.shape[2]
         self.pixels = images.reshape(-1, 3).to(device)
         self.batch_size, self.shuffle, self.drop_last, self.rng = batch_size, shuffle, drop_last, rng
-        self.shard = shard
+        self.repeat, self.shard = repeat, shard
         window = torch.arange(self.height)[:, None] * self.row_stride + torch.arange(self.width)
         self.windows = torch.stack([window, window.flip(1)]).to(device)
 
@@ -126,17 +131,21 @@ class Batches:
         return 3, self.height, self.width
 
     def __len__(self):
-        full, rest = divmod(self.count, self.batch_size)
+        full, rest = divmod(self.count * self.repeat, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self):
         device = self.labels.device
-        order = torch.randperm(self.count, generator=self.rng) if self.shuffle else torch.arange(self.count)
+        orders = [
+            torch.randperm(self.count, generator=self.rng) if self.shuffle else torch.arange(self.count)
+            for _ in range(self.repeat)
+        ]
+        order = torch.cat(orders)
         corner, flip = order * self.image_stride, torch.zeros_like(order)
         if self.padding is not None:
-            shifts = torch.randint(2 * self.padding + 1, (2, self.count), generator=self.rng)
+            shifts = torch.randint(2 * self.padding + 1, (2, len(order)), generator=self.rng)
             corner += shifts[0] * self.row_stride + shifts[1]
-            flip = torch.randint(1 + self.mirror, (self.count,), generator=self.rng)
+            flip = torch.randint(1 + self.mirror, (len(order),), generator=self.rng)
         order, corner, flip = order.to(device), corner.to(device), flip.to(device)
         shard_index, shard_count = self.shard
         shard_size = self.batch_size // shard_count
@@ -159,8 +168,8 @@ class EvalSet(NamedTuple):
 class CleanSplit(NamedTuple):
     """The defender's data. The three kinds of batches draw from generators of their own.
 
-    train: batches of the clean split, augmented if the options ask for it.
-    plain: the same images without augmentation.
+    train: batches of the clean split, augmented if the options ask for it; an epoch has EPOCH_IMAGES images or more.
+    plain: the same images without augmentation, once an epoch.
     search: the same again, for the target search.
     index: (n,) positions of the split in the training set.
     monitor_set: up to 1,000 other training images, for the history alone.
@@ -193,23 +202,25 @@ def get_normalization(opt) -> tuple:
 
 
 def get_backdoor_loader(
-    opt, train_set: ImageSet, attack: Attack, device, surrogate=None, shard=(0, 1)
+    opt, train_set: ImageSet, attack: Attack, device, surrogate=None, processes: Processes = ONE_PROCESS
 ) -> tuple[Batches, EvalSet, torch.Tensor]:
     """The attacker's data: augmented batches of the poisoned training set, a monitor set, the poisoned positions.
 
     Args:
-        shard: (i, n): this process's part of each batch of --batch_size images; n divides that.
+        processes: they share each batch of --batch_size images equally; the main one poisons for all.
 
     Returns:
         the batches, up to 1,000 training images to monitor the training with, and (n,) int64 in rising order.
     """
-    if opt.batch_size % shard[1]:
-        raise UserError(f"--batch_size {opt.batch_size} is not divisible by the {shard[1]} processes")
-    poisoned = DatasetBD(train_set.images, train_set.labels, attack, "train", generator(opt.seed, "poison"), surrogate)
-    _check_batch_size(poisoned, opt.batch_size, "the training set")
+    if opt.batch_size % processes.count:
+        raise UserError(f"--batch_size {opt.batch_size} is not divisible by the {processes.count} processes")
+    data, rng = (train_set.images, train_set.labels), generator(opt.seed, "poison")
+    poisoned = processes.from_main(lambda: DatasetBD(*data, attack, "train", rng, surrogate))
+    if len(poisoned) < opt.batch_size:
+        raise UserError(f"the training set has {len(poisoned)} images, fewer than --batch_size {opt.batch_size}")
     rng = generator(opt.seed, "batches")
     augment = {"shuffle": True, "padding": TRAIN_PADDING, "mirror": opt.dataset in MIRRORED, "drop_last": True}
-    batches = Batches(poisoned, opt.batch_size, device, **augment, rng=rng, shard=shard)
+    batches = Batches(poisoned, opt.batch_size, device, **augment, rng=rng, shard=processes)
     monitor_set = get_eval_set(train_set.images, train_set.labels, attack, device, MONITOR_IMAGES)
     return batches, monitor_set, poisoned.poisoned.nonzero()[:, 0]
 
@@ -217,17 +228,18 @@ def get_backdoor_loader(
 def get_clean_split(opt, train_set: ImageSet, attack: Attack, device) -> CleanSplit:
     """Draw the defender's clean split and make its batches."""
     split = DatasetCL(train_set.images, train_set.labels, opt.ratio, generator(opt.seed, "split"))
-    _check_batch_size(split, opt.batch_size, f"the clean split (--ratio {opt.ratio})")
+    repeat = math.ceil(EPOCH_IMAGES / len(split))
 
-    def batches(padding, purpose):
+    def batches(padding, purpose, repeat=1):
         augment = {"padding": padding, "mirror": opt.dataset in MIRRORED, "rng": generator(opt.seed, purpose)}
-        return Batches(split, opt.batch_size, device, shuffle=True, drop_last=True, **augment)
+        batch_size = min(opt.batch_size, len(split) * repeat)
+        return Batches(split, batch_size, device, shuffle=True, drop_last=True, repeat=repeat, **augment)
 
     unused = _positions_outside(split, len(train_set.labels))
     index = unused if len(unused) else split.index
     index = index[evenly_spaced(len(index), MONITOR_IMAGES)]
     monitor_set = get_eval_set(train_set.images[index], train_set.labels[index], attack, device)
-    train = batches(CLEAN_PADDING if opt.augment == "crop_flip" else None, "batches")
+    train = batches(CLEAN_PADDING if opt.augment == "crop_flip" else None, "batches", repeat)
     plain, search = batches(None, "plain batches"), batches(None, "search batches")
     return CleanSplit(train, plain, search, split.index, monitor_set)
 
@@ -272,11 +284,6 @@ def get_eval_set(images, labels, attack: Attack, device, limit: int | None = Non
         images, labels = images[index], labels[index]
     clean, triggered = TensorImages(images, labels), DatasetBD(images, labels, attack, "test")
     return EvalSet(Batches(clean, EVAL_BATCH, device), Batches(triggered, EVAL_BATCH, device), labels)
-
-
-def _check_batch_size(data, batch_size, name):
-    if len(data) < batch_size:
-        raise UserError(f"{name} has {len(data)} images, fewer than one batch of {batch_size}; lower --batch_size")
 
 
 def _positions_outside(split, total):

@@ -12,6 +12,7 @@ pictures, and report.html with all of them). Until then, results/<name>/resume.p
 """
 
 import os
+from functools import partial
 
 import torch.nn.functional as F
 
@@ -54,7 +55,7 @@ def main():
             train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         num_class = opt.num_class or len(train_set.classes)
         surrogate = load_surrogate(opt, num_class, device)
-        attack = build_attack(opt, num_class, train_set.size, surrogate)
+        attack = processes.from_main(partial(build_attack, opt, num_class, train_set.size, surrogate))
         batches, monitor_set, poisoned = get_backdoor_loader(opt, train_set, attack, device, surrogate, processes)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
         poison_pool = "the target class" if opt.target_type == "cleanLabel" else f"{len(train_set.labels):,} images"

@@ -10,7 +10,9 @@ Additions to the paper, each with an option that turns it off:
   contrast alone pushes x' beyond it (align_weight);
 - the positive is averaged over the image and its mirror image, and the trigger is shifted and mirrored (augment);
 - images of the target class are left out of the contrast (contrast);
-- the student's weights are averaged over the last steps (ema).
+- the student's weights are averaged over the last steps (ema);
+- the biases of the last layer are fitted to the clean labels at the end, since the push away from the backdoored
+  feature makes the student avoid the target label on clean images as well (calibration).
 """
 
 import copy
@@ -35,6 +37,7 @@ def defend(
     contrast,
     temperature,
     align_weight,
+    calibration,
     epochs,
     lr,
     **sgd,
@@ -46,6 +49,7 @@ def defend(
         positive: the model of the positive features z+: "finetuned" (f_F) or "backdoored" (the victim).
         contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
             leaves the alignment alone.
+        calibration: "bias" fits the biases of the last layer to the clean labels, "none" leaves them.
         sgd: arguments of utils.training.train that fine-tuning and purification share.
 
     Raises:
@@ -80,6 +84,8 @@ def defend(
             monitor=context.monitor,
             **sgd,
         )
+        if calibration == "bias":
+            calibrate(student, context.plain_batches)
     return DefenseResult(student, history, trigger)
 
 
@@ -175,3 +181,28 @@ def purify(
 
     history = train(student, batches, loss_of, device, title="purify", **training)
     return student.eval(), history
+
+
+def calibrate(model, batches) -> None:
+    """Fit the biases of the last layer to the labels, in place: mean cross-entropy, all other weights fixed.
+
+    A normal prior of variance 1 on each change keeps the bias of a class with few images or none.
+
+    Args:
+        model: in eval mode.
+        batches: clean (images, labels).
+    """
+    with torch.no_grad():
+        logits, labels = (torch.cat(parts) for parts in zip(*((model(x).float(), y) for x, y in batches), strict=True))
+    change = torch.zeros_like(model.head.bias, requires_grad=True)
+    optimizer = torch.optim.LBFGS([change], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss_of():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits + change, labels) + change.square().sum() / (2 * len(labels))
+        loss.backward()
+        return loss
+
+    optimizer.step(loss_of)
+    with torch.no_grad():
+        model.head.bias += change

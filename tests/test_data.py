@@ -17,6 +17,7 @@ from data_loader import (
     load_images,
 )
 from utils.datasets import ImageSet
+from utils.distributed import Processes
 from utils.errors import UserError
 from utils.seed import generator
 
@@ -62,6 +63,32 @@ def test_each_epoch_has_every_image_once_in_a_new_order(images):
     assert first != second
 
 
+def test_a_repeated_epoch_has_every_image_as_often(images):
+    settings = {"shuffle": True, "padding": 1, "drop_last": True, "repeat": 3}
+    batches = Batches(TensorImages(images, torch.arange(8)), 5, "cpu", **settings, rng=generator(1, "order"))
+    labels = [y for _, y in batches]
+    assert len(labels) == len(batches) == 4  # of 24 images, 4 are left out
+    order = torch.cat(labels).tolist()
+    assert sorted(order[:8]) == sorted(order[8:16]) == list(range(8))
+    assert order[:8] != order[8:16]
+
+
+def test_the_image_shape_costs_no_draw(images):
+    batches = Batches(TensorImages(images, torch.arange(8)), 3, "cpu", shuffle=True, rng=generator(1, "order"))
+    before = batches.rng.get_state()
+    assert batches.image_shape == (3, 8, 8)
+    assert torch.equal(batches.rng.get_state(), before)
+
+
+def test_a_small_clean_split_is_repeated_to_an_epoch_of_2500_images():
+    images, attack = torch.zeros(200, 8, 8, 3, dtype=torch.uint8), Attack("gridTrigger", "all2one", 0, 10, 0.1)
+    train_set, opt = ImageSet(images, torch.arange(200) % 10, list("0123456789")), options("--dataset", "shapes")
+    opt.batch_size, opt.augment, opt.ratio = 64, "none", 0.1
+    split = get_clean_split(opt, train_set, attack, "cpu")
+    assert [len(y) for _, y in split.train] == [64] * (2_500 // 64)
+    assert [len(y) for _, y in split.plain] == [20]  # a batch is no larger than the split
+
+
 def test_drop_last(images):
     batches = Batches(TensorImages(images, torch.arange(8)), 3, "cpu", drop_last=True)
     assert len(batches) == len(list(batches)) == 2
@@ -96,7 +123,7 @@ def test_the_monitor_set_covers_a_data_set_that_is_sorted_by_class():
     opt.inject_portion = 0.1
     assert get_backdoor_loader(opt, train, attack, "cpu")[1].labels.bincount().tolist() == [100] * 10
     with pytest.raises(UserError, match="--batch_size 64 is not divisible by the 3 processes"):
-        get_backdoor_loader(opt, train, attack, "cpu", shard=(0, 3))
+        get_backdoor_loader(opt, train, attack, "cpu", processes=Processes(0, 3))
 
 
 def test_the_monitor_set_and_the_clean_split_share_no_image():

@@ -39,6 +39,8 @@ def train_process(rank, port, images, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes, _ = join_processes(torch.device("cpu"))
     torch.save(train_network(images, processes, processes.wrap), folder / f"{rank}.pt")
+    rank_of_maker = processes.from_main(lambda: torch.tensor([rank]))
+    torch.save(rank_of_maker, folder / f"maker-{rank}.pt")
 
 
 def test_two_processes_end_with_the_weights_of_one_process(images, tmp_path):
@@ -50,6 +52,7 @@ def test_two_processes_end_with_the_weights_of_one_process(images, tmp_path):
     for rank in range(2):
         weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in expected)
+        assert torch.load(tmp_path / f"maker-{rank}.pt", weights_only=True).item() == 0
 
 
 def test_torchrun_trains_a_victim_and_only_the_main_process_writes(script, tmp_path):

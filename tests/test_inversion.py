@@ -174,7 +174,7 @@ def test_the_waves_that_a_victim_responds_to_are_found():
     assert trigger.hit_rate == 1
     assert trigger.describe() == "best of 4 waves"  # of as many phases
     for pattern in trigger.patterns:
-        assert pattern.abs().amax() <= 40 / 255 + 1e-6
+        assert pattern.abs().amax() <= 1 / 8 + 1e-6
         assert torch.fft.rfft2(pattern[0]).abs().flatten().argmax() == 3
 
 

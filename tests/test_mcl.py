@@ -10,7 +10,7 @@ from conftest import assert_weights, sgd_step_by_hand, state_vector
 
 from defenses import mcl
 from defenses.inversion import InvertedTrigger, apply_patterns, shifted_patterns
-from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, purify
+from defenses.mcl import alignment_loss, calibrate, clean_finetune, contrastive_loss, mirrored_mean, purify
 
 CPU = torch.device("cpu")
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -20,7 +20,7 @@ TRAINING = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "sche
 ONE_STEP = {**TRAINING, "epochs": 1, "momentum": 0.0}
 INVERSION = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}
 FINETUNING = {"positive": "finetuned", "finetune_epochs": 1, "finetune_lr": 0.1}
-STUDENT = {"contrast": "others", "temperature": 0.5, "align_weight": 3.0, "ema": 0.5}
+STUDENT = {"contrast": "others", "temperature": 0.5, "align_weight": 3.0, "ema": 0.5, "calibration": "none"}
 RECIPE = {**INVERSION, **FINETUNING, **STUDENT}
 
 
@@ -210,6 +210,7 @@ def test_the_defense_on_one_batch_by_hand(make_context, victim, trigger, batches
         {"temperature": 0.1},
         {"align_weight": 0.0},
         {"ema": 0.0},
+        {"calibration": "bias"},
         {"epochs": 1},
         {"lr": 0.01},
     ],
@@ -246,3 +247,21 @@ def test_the_trigger_is_shifted_if_images_are_augmented_and_the_victim_responds(
     assert torch.equal(context._replace(augmented=False).training_patterns(trigger), trigger.pattern[None])
     waves = InvertedTrigger(trigger.pattern, 1.0, -trigger.pattern[None])
     assert torch.equal(context.training_patterns(waves), torch.stack([trigger.pattern, -trigger.pattern]))
+
+
+def test_calibration_fits_the_biases_to_the_labels_and_nothing_else(victim, batches):
+    model, (images, labels) = copy.deepcopy(victim), map(torch.cat, zip(*batches, strict=True))
+    calibrate(model, batches)
+    change = model.head.bias - victim.head.bias
+    assert change.abs().max() > 0.1
+    excess = model(images).softmax(1).sum(0) - torch.stack([(labels == label).sum() for label in range(3)])
+    assert torch.allclose(excess, -change, atol=1e-3)  # the gradient is 0: the excess is the prior's pull
+    model.head.bias -= change
+    assert torch.allclose(state_vector(model), state_vector(victim))
+
+
+def test_calibration_bears_a_class_without_images(victim, batches):
+    model = copy.deepcopy(victim)
+    calibrate(model, [(images, torch.zeros_like(labels)) for images, labels in batches])
+    assert model.head.bias[0] > 1
+    assert model.head.bias.abs().max() < 10

@@ -85,7 +85,7 @@ def test_waves_are_distinct_and_complete():
     # and the 3 finest in one phase, which make two; at their other phases these vanish.
     assert len(frequencies((8, 8))) == 30 + 3
     assert len(small.round(decimals=4).add(0.0).unique(dim=0)) == 30 * 4 + 3 * 2 + 1
-    sig_trigger = 40 / 255 * torch.sin(2 * math.pi * 6 * torch.arange(32) / 32).expand(3, 32, 32)
+    wave = 1 / 8 * torch.sin(2 * math.pi * 6 * torch.arange(32) / 32).expand(3, 32, 32)
     patterns = [waves((32, 32), frequency, CPU) for frequency in frequencies((32, 32))]
     assert patterns[0].shape == (4, 3, 32, 32)
-    assert sum(((phases - sig_trigger).abs().amax((1, 2, 3)) < 1e-5).sum() for phases in patterns) == 1
+    assert sum(((phases - wave).abs().amax((1, 2, 3)) < 1e-5).sum() for phases in patterns) == 1

@@ -33,9 +33,20 @@ class Processes(NamedTuple):
         if self.is_main and self.count > 1:
             distributed.barrier()
 
+    def from_main(self, make):
+        """make(), called in the main process alone; every process gets its result."""
+        if self.count == 1:
+            return make()
+        result = [make() if self.is_main else None]
+        distributed.broadcast_object_list(result)
+        return result[0]
+
     def wrap(self, model):
         """The model to compute the loss with; its gradients are averaged over all processes."""
         return model if self.count == 1 else DistributedDataParallel(model)
+
+
+ONE_PROCESS = Processes()
 
 
 def join_processes(device: torch.device) -> tuple[Processes, torch.device]:

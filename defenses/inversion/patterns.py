@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 VISIBLE = 1 / 255  # smaller changes vanish in an 8-bit image
 CONTROL_POINTS = 8  # of a warp, a side: twice WaNet's, which a defender cannot know
-WAVE_HEIGHT = 40 / 255  # amplitude
+WAVE_HEIGHT = 1 / 8  # amplitude, of the range [0, 1]
 MAX_CYCLES = 16  # of a wave, over the height and over the width
 
 
