@@ -74,13 +74,13 @@ DEFENSES = {
         # the student
         "epochs": 5,  # published: 20
         "batch_size": 64,
-        "lr": 0.1,  # peak of the schedule
+        "lr": 0.4,  # peak of the schedule; published: 0.1
         "schedule": "onecycle",  # published: steps
         "momentum": 0.9,  # Nesterov
         "weight_decay": 1e-4,
         "augment": "crop_flip",  # published: none
         "temperature": 0.15,  # published: 0.5
-        "align_weight": 12.0,  # of 1 - cos(z, z+); published: 0
+        "align_weight": 3.0,  # of 1 - cos(z, z+); published: 0
         "contrast": "others",  # images in the contrast: not the target class's; published: all
         "ema": 0.97,  # decay of the averaged weights; published: 0, the last weights
         "calibration": "bias",  # fit the last layer's biases to the clean labels; published: none
@@ -97,10 +97,10 @@ DEFENSES = {
     "ibau": {  # Zeng et al., ICLR 2022; epochs: rounds; lr: of Adam
         "epochs": 5, "batch_size": 100, "lr": 1e-3, "augment": "none",
     },
-    "nc": {  # Wang et al., S&P 2019: the inversion of mcl, the schedule of ft
+    "nc": {  # Wang et al., S&P 2019: the inversion of mcl, the rate and schedule of BackdoorBench
         "target": "auto", "force": False,
         "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3,
-        "epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop",
+        "epochs": 20, "batch_size": 64, "lr": 0.01, "schedule": "cosine",
         "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
     },
     "ftsam": {  # Zhu et al., ICCV 2023
@@ -164,7 +164,7 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
     add("--tensorboard", action="store_true", help="also log these measurements for TensorBoard")
     if not training:
         add("--retune", type=cli.positive, nargs="+", metavar="K", help="also attack the result with K poisoned images")
-        add("--retune_reference", help="clean model to compare with (default: weight/<dataset>/WRN-16-1-clean.pth.tar)")
+        add("--retune_reference", help="clean model to compare with, or none (default: WRN-16-1-clean of the data set)")
     add("--checkpoint_root", help="folder for weights")
     add("--log_root", help="folder for results")
     add("--name", help="name of this run's files (default: made from the options)")

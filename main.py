@@ -11,6 +11,7 @@ Writes weight/<name>.tar and results/<name>/: metrics.json, history.csv, picture
 """
 
 import os
+import re
 from argparse import Namespace
 from functools import partial
 
@@ -39,6 +40,9 @@ from utils.seed import generator
 
 # Options of a defense that are consumed before it starts: by the target search and by the batches.
 CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
+NOT_INVERTED = {"inverted_hit_rate": None, "purified": None}  # of a defense without an inverted trigger
+FEW_IMAGES = 2_000  # of the test set, to measure the inverted trigger on
+MAX_HIT_RATE = 10.0  # percent of images up to which an inverted trigger has lost its hold: it had turned 90
 # What a checkpoint may state, and the options that state it otherwise.
 CHECKPOINT_OPTIONS = {
     "arch": {"arch"},
@@ -55,7 +59,10 @@ def main():
     if not is_comparison(opt):
         (path,) = opt.model
         name = opt.name or f"{opt.dataset}-{file_stem(path)}-{opt.defense}"
-        return run(config.single_run_options(opt, model=path), explicit, name)
+        metrics = run(config.single_run_options(opt, model=path), explicit, name)
+        if metrics["purified"] is False:
+            raise RunError("the inverted trigger still works after the defense; no weights were saved")
+        return
     try:
         compare(opt, explicit)
     except KeyboardInterrupt:
@@ -72,7 +79,7 @@ def run(opt, explicit, name) -> dict:
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         victim, attack, opt, metadata = load_victim(opt, explicit, test_set, device)
         check_target(opt.target, attack.num_class)
-        test = get_eval_set(test_set.images, test_set.labels, attack, device)
+        test, few = (get_eval_set(test_set.images, test_set.labels, attack, device, n) for n in (None, FEW_IMAGES))
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
         retuning = get_retuning_batches(opt, train_set, attack, device) if opt.retune else None
         reference = load_reference(opt, attack.num_class, device) if opt.retune else None
@@ -82,7 +89,7 @@ def run(opt, explicit, name) -> dict:
     print(f"victim {opt.model}: {opt.arch}, {attack.describe()}")
     with clock("evaluate"):
         metrics = {"before": evaluate(victim, test, attack), "after": None}
-    models, history, trigger = {"before": victim}, [], None
+    models, history, trigger, inverted = {"before": victim}, [], None, NOT_INVERTED
 
     target, scores = find_target(opt, victim, split, attack.num_class, device, clock)
     found_nothing = scores is not None and target is None
@@ -95,13 +102,13 @@ def run(opt, explicit, name) -> dict:
         history += rows
         with clock("evaluate"):
             metrics["after"] = evaluate(models["after"], test, attack)
-        save_purified(purified_path, results, models["after"], {**metadata, "metrics": metrics["after"]})
-    elif os.path.exists(purified_path):
-        print(f"nothing was purified; {purified_path} is from an earlier run")
+            inverted = measure_inverted(models, trigger, target, few.clean)
+    purified = models.get("after") if inverted["purified"] is not False else None
+    save_purified(purified_path, results, purified, {**metadata, "metrics": metrics["after"]})
 
     print("", published_table(opt.dataset, **metrics, defense=opt.defense), "", sep="\n")
     print(metrics_table(test_set.classes, **metrics))
-    metrics = run_metrics(opt, metrics, target, scores, trigger)
+    metrics = run_metrics(opt, metrics | inverted, target, scores, trigger)
     if retuning:
         retuned = {"retuned": models.get("after", victim), "retuned_reference": reference}
         metrics |= clock("retune")(measure_retuned)(retuned, retuning, test, attack, device)
@@ -207,16 +214,26 @@ def find_target(opt, victim, split, num_class, device, clock):
 
 def defend(opt, victim, split, target, device, clock, monitor):
     """Run the defense on the clean split. Returns its DefenseResult."""
-    augmented = opt.augment == "crop_flip"
-    data = split.train, split.plain, augmented
-    mirrored = opt.dataset in MIRRORED
-    context = DefenseContext(victim, *data, device, opt.seed, clock, target, monitor, mirrored)
+    data = split.train, split.plain, opt.augment == "crop_flip"
+    context = DefenseContext(victim, *data, device, opt.seed, clock, target, monitor, opt.dataset in MIRRORED)
     settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in CONSUMED_OPTIONS}
     return DEFENSE_FUNCTIONS[opt.defense](context, precision=opt.precision, **settings)
 
 
+def measure_inverted(models, trigger, target, batches) -> dict:
+    """How many clean images the inverted trigger turns, before and after the defense, and whether it lost its hold."""
+    if trigger is None:
+        return NOT_INVERTED
+    rates = {name: 100 * trigger.rate_on(model, batches, target) for name, model in models.items()}
+    return {"inverted_hit_rate": rates, "purified": rates["after"] <= MAX_HIT_RATE}
+
+
 def save_purified(path, results, model, metadata):
-    """Write the purified weights."""
+    """Write the purified weights; without a purified model, say so if those of an earlier run are there."""
+    if model is None:
+        if os.path.exists(path):
+            print(f"nothing was purified; {path} is from an earlier run")
+        return
     remove_file(os.path.join(results, "metrics.json"))  # of an earlier run, whose weights are replaced now
     save_checkpoint(path, model, **metadata)
     print(f"purified model: {path}")
@@ -225,7 +242,7 @@ def save_purified(path, results, model, metadata):
 def load_reference(opt, num_class, device):
     """The clean model to compare a re-tuned model with; None if none is given and none is shipped."""
     path = opt.retune_reference or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
-    if not opt.retune_reference and not os.path.isfile(path):
+    if path == "none" or (not opt.retune_reference and not os.path.isfile(path)):
         return None
     hint = "pass another --retune_reference"
     return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, hint)
@@ -276,10 +293,7 @@ def check_target(target, num_class):
 
 def file_stem(path: str) -> str:
     """The file's name without the endings of checkpoints."""
-    name = os.path.basename(path)
-    for ending in (".tar", ".pth", ".pt", ".safetensors"):
-        name = name.removesuffix(ending)
-    return name
+    return re.sub(r"(\.(tar|pth|pt|safetensors))+$", "", os.path.basename(path))
 
 
 if __name__ == "__main__":

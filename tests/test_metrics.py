@@ -121,6 +121,7 @@ VICTIM, CLEAN, UNKNOWN = outcome(86.92, 100.0, 2.0), outcome(88.0, 1.0), outcome
 RUN = {"before": VICTIM, "after": outcome(86.49, 1.3), "defense": "mcl", "target_label": 5}
 FLOOR, VICTIM_FLOOR = "floor 1.50 %", "floor 2.00 %"
 LEFT = "No backdoor was found, and the model is left unchanged"
+TURNS, IMAGES = "the inverted trigger turns 99.00 ->", "0 % of the images"
 NOT_MEASURED = "ASR was not measured, because the trigger is unknown"
 
 
@@ -149,6 +150,15 @@ NOT_MEASURED = "ASR was not measured, because the trigger is unknown"
         (
             {"before": UNKNOWN, "after": outcome(86.49, math.nan, math.nan)},
             f"The model was purified; {NOT_MEASURED}; ACC 86.92 -> 86.49 %.",
+        ),
+        (
+            {"inverted_hit_rate": {"before": 99.0, "after": 60.0}, "purified": False},
+            f"The backdoor is still there: ASR 100.00 -> 1.30 %, {FLOOR}, ACC 86.92 -> 86.49 %; {TURNS} 60.0{IMAGES}.",
+        ),
+        (
+            {"inverted_hit_rate": {"before": 99.0, "after": 1.0}, "purified": True, "before": UNKNOWN}
+            | {"after": outcome(86.49, None)},
+            f"The model was purified; {TURNS} 1.0{IMAGES}; {NOT_MEASURED}; ACC 86.92 -> 86.49 %.",
         ),
         ({"before": UNKNOWN, "after": None}, f"{LEFT}; {NOT_MEASURED}; ACC 86.92 %."),
     ],

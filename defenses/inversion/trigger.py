@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from defenses.inversion.objective import attackable_images, is_hit
 from defenses.inversion.patterns import WarpForm, apply_patterns
 
 
@@ -34,6 +35,23 @@ class InvertedTrigger:
     def l1(self) -> float:
         """L1 norm over pixels and channels, in units of the full range [0, 1]."""
         return self.pattern.abs().sum().item()
+
+    def rate_on(self, model, batches, target) -> float:
+        """The fraction 0..1 of the images of other labels that the pattern makes a model predict as the target.
+
+        Args:
+            model: on (B, 3, H, W) images in [0, 1].
+            batches: clean (images, labels), on the model's device.
+            target: a label, or ANY_OTHER.
+        """
+        hits, count = 0, 0
+        with torch.inference_mode():
+            for batch in batches:
+                images, labels = attackable_images(model, *batch, target)
+                triggered = apply_patterns(images, self.pattern[None].to(images.device))
+                hits += is_hit(model(triggered), labels, target).sum().item()
+                count += len(images)
+        return hits / max(count, 1)
 
     def apply(self, image: torch.Tensor) -> torch.Tensor:
         """A (3, H, W) image in [0, 1] with the pattern on it."""

@@ -131,7 +131,12 @@ def verdict(metrics: dict) -> str:
         left = "No backdoor was found, and the model is left unchanged"
         claims = {None: left, True: f"{left}, although the trigger works", False: left}
     asr, acc = (" -> ".join(format_cell(model[key]) for model in models.values()) for key in ("asr", "acc"))
-    backdoored = is_backdoored(final)
+    inverted, backdoored = "", is_backdoored(final)
+    if metrics.get("inverted_hit_rate"):
+        rates = " -> ".join(format_cell(rate) for rate in metrics["inverted_hit_rate"].values())
+        inverted = f"; the inverted trigger turns {rates} % of the images"
+    claim = claims[True] if metrics.get("purified") is False else claims[backdoored]
     if backdoored is None:
-        return f"{claims[None]}; ASR was not measured, because the trigger is unknown; ACC {acc} %."
-    return f"{claims[backdoored]}: ASR {asr} %, floor {format_cell(final['floor'])} %, ACC {acc} %."
+        return f"{claim}{inverted}; ASR was not measured, because the trigger is unknown; ACC {acc} %."
+    inverted = inverted if metrics.get("purified") is False else ""
+    return f"{claim}: ASR {asr} %, floor {format_cell(final['floor'])} %, ACC {acc} %{inverted}."
