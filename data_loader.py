@@ -21,7 +21,7 @@ from utils.seed import generator
 
 TRAIN_PADDING = 4  # pixels of black around a random crop, the usual value for CIFAR-10
 CLEAN_PADDING = 2  # less for the defender, whose positive model may never have seen a shifted image
-EPOCH_IMAGES = 2_500  # of the defender, at least: fewer clean images are repeated, so that the steps do not fall
+EPOCH_IMAGES = 1_280  # of the defender, at least: fewer clean images are repeated, so that the steps do not fall
 MONITOR_IMAGES = 1_000
 EVAL_BATCH = 125
 

@@ -80,12 +80,12 @@ def test_the_image_shape_costs_no_draw(images):
     assert torch.equal(batches.rng.get_state(), before)
 
 
-def test_a_small_clean_split_is_repeated_to_an_epoch_of_2500_images():
+def test_a_small_clean_split_is_repeated_to_an_epoch_of_1280_images():
     images, attack = torch.zeros(200, 8, 8, 3, dtype=torch.uint8), Attack("gridTrigger", "all2one", 0, 10, 0.1)
     train_set, opt = ImageSet(images, torch.arange(200) % 10, list("0123456789")), options("--dataset", "shapes")
     opt.batch_size, opt.augment, opt.ratio = 64, "none", 0.1
     split = get_clean_split(opt, train_set, attack, "cpu")
-    assert [len(y) for _, y in split.train] == [64] * (2_500 // 64)
+    assert [len(y) for _, y in split.train] == [64] * 20
     assert [len(y) for _, y in split.plain] == [20]  # a batch is no larger than the split
 
 
