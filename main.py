@@ -214,7 +214,7 @@ def find_target(opt, victim, split, num_class, device, clock):
 
 def defend(opt, victim, split, target, device, clock, monitor):
     """Run the defense on the clean split. Returns its DefenseResult."""
-    data = split.train, split.plain, opt.augment == "crop_flip"
+    data = split.train, split.plain, opt.augment == "crop_flip", len(split.index)
     context = DefenseContext(victim, *data, device, opt.seed, clock, target, monitor, opt.dataset in MIRRORED)
     settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in CONSUMED_OPTIONS}
     return DEFENSE_FUNCTIONS[opt.defense](context, precision=opt.precision, **settings)

@@ -18,6 +18,7 @@ class DefenseContext(NamedTuple):
         and an image_shape, (3, H, W).
     plain_batches: the same images without augmentation.
     augmented: whether `train_batches` are cropped, and flipped if `mirrored`.
+    image_count: number of different clean images.
     seed: of every draw.
     clock: measures the stages finetune, inversion and purify.
     target: the label to defend against, for the defenses that need one.
@@ -29,6 +30,7 @@ class DefenseContext(NamedTuple):
     train_batches: Iterable
     plain_batches: Iterable
     augmented: bool
+    image_count: int
     device: torch.device
     seed: int
     clock: Stopwatch

@@ -24,6 +24,8 @@ from defenses.base import DefenseResult
 from defenses.inversion import PatternApplier
 from utils.training import train
 
+FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the full rate
+
 
 def defend(
     context,
@@ -47,6 +49,8 @@ def defend(
     Args:
         context: a defenses.base.DefenseContext.
         positive: the model of the positive features z+: "finetuned" (f_F) or "backdoored" (the victim).
+        lr: peak rate of the student; it falls with the cube root of the number of images below FULL_RATE_IMAGES, since
+            few images bear smaller steps only.
         contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
             leaves the alignment alone.
         calibration: "bias" fits the biases of the last layer to the clean labels, "none" leaves them.
@@ -80,7 +84,7 @@ def defend(
             target=context.target if contrast == "others" else None,
             contrast=contrast != "none",
             epochs=epochs,
-            lr=lr,
+            lr=lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 3),
             monitor=context.monitor,
             **sgd,
         )

@@ -98,7 +98,7 @@ def make_context(victim, batches, trigger, monkeypatch):
     monkeypatch.setattr("defenses.base.find_trigger", lambda *_: trigger)  # an untrained victim has no trigger to find
 
     def make(**changes):
-        context = DefenseContext(victim, batches, batches, True, torch.device("cpu"), 0, Stopwatch(), 1)
+        context = DefenseContext(victim, batches, batches, True, 2_500, torch.device("cpu"), 0, Stopwatch(), 1)
         return context._replace(**changes)
 
     return make

@@ -199,7 +199,7 @@ def test_waves_are_tried_on_attackable_images_only():
 )
 def test_the_first_form_that_fits_is_inverted(victim, images, description, monkeypatch, capsys):
     monkeypatch.setattr(invert_module, "MAX_PATCH", 0.1 if victim is RedPixelVictim else 0.0)
-    context = DefenseContext(victim(), [], label_zero(images), False, CPU, 1, Stopwatch(), 1)
+    context = DefenseContext(victim(), [], label_zero(images), False, 4, CPU, 1, Stopwatch(), 1)
     if description is None:
         with pytest.raises(RunError, match="no pattern turns 90% of the clean images into label 1"):
             context.invert(1, 30, 2, "fp32")

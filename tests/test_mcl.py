@@ -222,6 +222,14 @@ def test_every_option_changes_the_student(make_context, change):
     assert not torch.equal(state_vector(default), state_vector(changed))
 
 
+@pytest.mark.parametrize(("count", "share"), [(20, 0.2), (2_500, 1.0), (5_000, 1.0)])
+def test_the_rate_falls_with_the_cube_root_of_the_images(make_context, count, share):
+    context = make_context(image_count=count)
+    student = mcl.defend(context, **{**RECIPE, **TRAINING, "lr": 0.1}).student
+    expected = mcl.defend(make_context(), **{**RECIPE, **TRAINING, "lr": 0.1 * share}).student
+    assert torch.allclose(state_vector(student), state_vector(expected), atol=1e-6)
+
+
 def test_the_inversion_uses_images_without_augmentation(make_context, victim, batches, trigger, monkeypatch):
     calls = []
     monkeypatch.setattr("defenses.base.find_trigger", lambda *args: calls.append(args) or trigger)
