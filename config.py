@@ -168,12 +168,13 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
     add("--checkpoint_root", help="folder for weights")
     add("--log_root", help="folder for results")
     add("--name", help="name of this run's files (default: made from the options)")
-    parser.set_defaults(**RUN, **(TRAINING if training else {"ratio": RATIO, "defense": "mcl"}))
+    own = TRAINING if training else {"ratio": RATIO, "defense": "mcl", "trigger_type": None, "target_label": None}
+    parser.set_defaults(**{**RUN, **own})
     return parser
 
 
 def _add_attack(parser, training):
-    add = parser.add_argument_group("attack" if training else "attack (if the model's file states none)").add_argument
+    add = parser.add_argument_group("attack" if training else "attack to measure (if the model's file states none; without these options it is unknown)").add_argument
     methods = trigger_options(training)
     add_own = partial(cli.add_method_option, add, methods)
     add("--trigger_type", choices=ATTACKS, help="the trigger")
@@ -248,6 +249,7 @@ def parse(script: str, argv: list[str] | None = None, description: str | None = 
     parser = get_arguments(script, description)
     options, explicit = cli.parse_once(parser, argv)
     methods = {"trigger_type": trigger_options(training=script == "train_badnet.py")}
+    cli.fill_in_defaults(options, {name: RUN[name] for name in ("trigger_type", "target_label")})
     options.target_type = options.target_type or ATTACKS[options.trigger_type]["target_type"]
     if script == "train_badnet.py" and options.inject_portion is None:
         options.inject_portion = POISON_RATES[options.target_type]

@@ -261,7 +261,8 @@ def get_retuning_batches(opt, train_set: ImageSet, attack: Attack, device) -> di
         candidates = others[attack.attackable(train_set.labels[others])]
         for count in opt.retune:
             if len(candidates) < count:
-                raise UserError(f"--retune {count} needs more images than the {len(candidates)} left; lower it")
+                hint = "lower it" if len(candidates) else "state the trigger with --trigger_type"
+                raise UserError(f"--retune {count} needs more images than the {len(candidates)} left to attack; {hint}")
             poisoned = candidates[:count]
             images = torch.cat([train_set.images[clean], attack.stamp(train_set.images[poisoned])])
             labels = torch.cat([train_set.labels[clean], attack.attack_labels(train_set.labels[poisoned])])

@@ -16,7 +16,7 @@ from argparse import Namespace
 from functools import partial
 
 import config
-from attacks import Attack, build_attack
+from attacks import Attack, UnknownAttack, build_attack
 from attacks.retune import retuned_metrics
 from data_loader import get_clean_split, get_eval_set, get_normalization, get_retuning_batches, load_images
 from defenses import DEFENSE_FUNCTIONS, DefenseContext
@@ -41,7 +41,7 @@ from utils.seed import generator
 # Options of a defense that are consumed before it starts: by the target search and by the batches.
 CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
 NOT_INVERTED = {"inverted_hit_rate": None, "purified": None}  # of a defense without an inverted trigger
-FEW_IMAGES = 2_000  # of the test set, to measure the inverted trigger on
+SAMPLE_IMAGES = 2_000  # of the test set, to measure the inverted trigger on
 MAX_HIT_RATE = 10.0  # percent of images up to which an inverted trigger has lost its hold: it had turned 90
 # What a checkpoint may state, and the options that state it otherwise.
 CHECKPOINT_OPTIONS = {
@@ -59,8 +59,7 @@ def main():
     if not is_comparison(opt):
         (path,) = opt.model
         name = opt.name or f"{opt.dataset}-{file_stem(path)}-{opt.defense}"
-        metrics = run(config.single_run_options(opt, model=path), explicit, name)
-        if metrics["purified"] is False:
+        if run(config.single_run_options(opt, model=path), explicit, name)["purified"] is False:
             raise RunError("the inverted trigger still works after the defense; no weights were saved")
         return
     try:
@@ -79,7 +78,8 @@ def run(opt, explicit, name) -> dict:
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         victim, attack, opt, metadata = load_victim(opt, explicit, test_set, device)
         check_target(opt.target, attack.num_class)
-        test, few = (get_eval_set(test_set.images, test_set.labels, attack, device, n) for n in (None, FEW_IMAGES))
+        sizes = None, SAMPLE_IMAGES
+        test, part = (get_eval_set(test_set.images, test_set.labels, attack, device, size) for size in sizes)
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
         retuning = get_retuning_batches(opt, train_set, attack, device) if opt.retune else None
         reference = load_reference(opt, attack.num_class, device) if opt.retune else None
@@ -102,7 +102,7 @@ def run(opt, explicit, name) -> dict:
         history += rows
         with clock("evaluate"):
             metrics["after"] = evaluate(models["after"], test, attack)
-            inverted = measure_inverted(models, trigger, target, few.clean)
+            inverted = measure_inverted(models, trigger, target, part.clean)
     purified = models.get("after") if inverted["purified"] is not False else None
     save_purified(purified_path, results, purified, {**metadata, "metrics": metrics["after"]})
 
@@ -151,7 +151,7 @@ def compare(opt, explicit):
 
 
 def load_victim(opt, explicit, test_set, device):
-    """Load opt.model, frozen, and its attack, from the file or else from the options.
+    """Load opt.model, frozen, and its attack, from the file or else from the options; unknown if neither states it.
 
     Args:
         explicit: names of the options that the user gave.
@@ -171,8 +171,10 @@ def load_victim(opt, explicit, test_set, device):
         raise UserError(f"{opt.dataset} has {classes} classes, but {opt.model} was trained on {num_class}")
     if checkpoint.get("attack") is not None:
         attack = Attack.from_state(checkpoint["attack"], num_class, test_set.images[:1])
-    else:
+    elif explicit & CHECKPOINT_OPTIONS["attack"]:
         attack = build_attack(opt, num_class, test_set.size)
+    else:
+        attack = UnknownAttack(num_class)
     model, metadata = load_classifier(checkpoint, opt.model, opt.arch, num_class, get_normalization(opt), device)
     return model, attack, used, {**metadata, "dataset": opt.dataset, "attack": attack.state()}
 
@@ -187,7 +189,7 @@ def options_as_used(opt, explicit, checkpoint) -> Namespace:
     if checkpoint.get("attack") is not None:
         attack = Attack.from_state(checkpoint["attack"])
     for key, names in CHECKPOINT_OPTIONS.items():
-        for name in explicit.intersection(names) if key in checkpoint else ():
+        for name in explicit.intersection(names) if checkpoint.get(key) is not None else ():
             stated = attack.describe() if key == "attack" else checkpoint[key]
             raise UserError(f"{opt.model} states its {key}, {stated}; leave out --{name}")
     if "arch" in checkpoint:
@@ -196,6 +198,8 @@ def options_as_used(opt, explicit, checkpoint) -> Namespace:
         stated = {"trigger_type": attack.trigger_type, "target_type": attack.target_type, "target_label": attack.target}
         for name in CHECKPOINT_OPTIONS["attack"]:
             setattr(used, name, {**stated, **attack.trigger_options}.get(name))
+    elif not explicit & CHECKPOINT_OPTIONS["attack"]:
+        vars(used).update(dict.fromkeys(CHECKPOINT_OPTIONS["attack"]))
     return used
 
 
@@ -244,8 +248,9 @@ def load_reference(opt, num_class, device):
     path = opt.retune_reference or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
     if path == "none" or (not opt.retune_reference and not os.path.isfile(path)):
         return None
-    hint = "pass another --retune_reference"
-    return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, hint)
+    return load_clean_model(
+        path, num_class, get_normalization(opt), device, opt.arch, "pass another --retune_reference"
+    )
 
 
 def measure_retuned(models, batches, test, attack, device) -> dict:
@@ -259,16 +264,11 @@ def measure_retuned(models, batches, test, attack, device) -> dict:
 def run_metrics(opt, metrics, target, scores, trigger) -> dict:
     """What metrics.json says of this run, without the parts that every run has."""
     worked_against = "any" if target == ANY_OTHER else target
-    return {
-        "model": opt.model,
-        "model_sha256": sha256_of(opt.model),
-        "defense": opt.defense,
-        **metrics,
-        "detected_label": worked_against if scores and any(score.flagged for score in scores) else None,
-        "worked_against": worked_against,
-        "search": scores and [score.metadata() for score in scores],
-        "trigger": trigger and trigger.metadata(),
-    }
+    flagged = scores is not None and any(score.flagged for score in scores)
+    row = {"model": opt.model, "model_sha256": sha256_of(opt.model), "defense": opt.defense, **metrics}
+    row |= {"detected_label": worked_against if flagged else None, "worked_against": worked_against}
+    row |= {"search": scores and [score.metadata() for score in scores], "trigger": trigger and trigger.metadata()}
+    return row
 
 
 def check_output(opt, name):

@@ -2,5 +2,6 @@
 
 from attacks.attack import TARGET_TYPES, TRIGGERS, Attack
 from attacks.build import build_attack
+from attacks.unknown import UnknownAttack
 
-__all__ = ["TARGET_TYPES", "TRIGGERS", "Attack", "build_attack"]
+__all__ = ["TARGET_TYPES", "TRIGGERS", "Attack", "UnknownAttack", "build_attack"]

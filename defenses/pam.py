@@ -36,6 +36,7 @@ def defend(context, *, rho, **options):
 
         def update(optimizer, loss_of):
             with torch.no_grad():
+                loss_of()  # batch norm's statistics are those of the student's own weights
                 offsets = path_offsets(weights, victim_weights, rho)
             return step_at_offsets(student, offsets, optimizer, loss_of)
 

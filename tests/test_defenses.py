@@ -129,6 +129,11 @@ def test_pam_by_hand(make_context, victim, batches, trigger):
         for (name, weight), gradient in zip(moved.items(), gradients, strict=True)
     }
     assert_weights(result.student, expected)
+    first.load_state_dict({**first.state_dict(), **moved})  # its statistics are of one pass at the victim's weights
+    first(triggered)
+    for name, statistic in first.state_dict().items():
+        if "running" in name:
+            assert torch.allclose(result.student.state_dict()[name], statistic, atol=1e-6)
 
 
 def test_the_way_to_a_nearer_victim_is_walked_to_its_end():

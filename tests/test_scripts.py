@@ -120,7 +120,6 @@ def test_a_purification_that_fails_says_so_and_saves_no_weights(script, folder, 
     assert done.stderr.splitlines()[-1].startswith("error: the inverted trigger still works after the defense")
     metrics = metrics_of(folder, "failed")
     assert metrics["purified"] is False
-    assert metrics["inverted_hit_rate"]["before"] > 85
     assert done.stdout.splitlines()[-1].startswith("The backdoor is still there: ASR ")
     assert not (folder / "weight" / "failed.tar").exists()
 
@@ -292,7 +291,8 @@ def test_the_published_victim_measures_as_published(script, tmp_path, cifar_root
     published = os.environ.get("MCL_PUBLISHED_VICTIM", "")
     if not os.path.exists(published):
         pytest.skip("no published victim here: set MCL_PUBLISHED_VICTIM to the MCL paper's WRN-16-1-badnet.pth.tar")
-    words = ("--data_root", cifar_root, "--model", published, "--defense", "none", "--device", "cpu", "--name", "x")
+    words = ("--data_root", cifar_root, "--model", published, "--trigger_type", "gridTrigger")
+    words += ("--defense", "none", "--device", "cpu", "--name", "x")
     done = script("main.py", *words, *output_options(tmp_path))
     assert done.returncode == 0, done.stderr
     metrics = metrics_of(tmp_path, "x")["before"]

@@ -10,7 +10,7 @@ def predict(model, batches) -> torch.Tensor:
     predicted = []
     for images, *_ in batches:
         predicted.append(model(images).argmax(1))
-    return torch.cat(predicted).cpu()
+    return torch.cat(predicted).cpu() if predicted else torch.zeros(0, dtype=torch.int64)
 
 
 def percent(mask: torch.Tensor) -> float:

@@ -128,7 +128,8 @@ def end_epoch(row, model, measured, epochs, title, monitor, bar) -> dict:
 
 def log_epoch(bar, title, row, epochs):
     """Print one aligned row per epoch; ACC and ASR, if measured, are shown on the progress bar too."""
-    measured = {name.upper(): f"{row[name]:.2f}" for name in ("acc", "asr") if name in row}
+    measured = {name.upper(): row[name] for name in ("acc", "asr") if not math.isnan(row.get(name, math.nan))}
+    measured = {name: f"{value:.2f}" for name, value in measured.items()}
     bar.set_postfix(measured)
     metrics = "".join(f"  {name} {value:>6}" for name, value in measured.items())
     progress = f"{title:<9} epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.5f}  loss {row['loss']:8.4f}"

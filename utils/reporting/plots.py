@@ -51,12 +51,19 @@ def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=
         trigger: the inverted trigger that led to "after", as `draw_trigger` takes it, or None.
     """
     paths = {name: os.path.join(folder, name) for name in CAPTIONS}
-    parts = (sample.clean, sample.triggered)
-    clean, triggered = (torch.cat([images.cpu() for images, _ in part]) for part in parts)
-    draw_trigger(paths["trigger.png"], clean[attack.attackable(sample.labels)], triggered, trigger)
-    features = {name: [features_of(model, part) for part in parts] for name, model in models.items()}
-    is_target = sample.labels == (-1 if attack.target is None else attack.target)
-    draw_features(paths["features.png"], features, is_target, metrics)
+    attackable, parts = attack.attackable(sample.labels), (sample.clean, sample.triggered)
+    if attackable.any():
+        clean, triggered = (torch.cat([images.cpu() for images, _ in part]) for part in parts)
+        draw_trigger(paths["trigger.png"], clean[attackable], triggered, trigger)
+        features = {name: [features_of(model, part) for part in parts] for name, model in models.items()}
+        is_target = sample.labels == (-1 if attack.target is None else attack.target)
+        draw_features(paths["features.png"], features, is_target, metrics)
+    else:  # the attack is unknown
+        remove_file(paths.pop("features.png"))
+        if trigger is None:
+            remove_file(paths.pop("trigger.png"))
+        else:
+            draw_trigger(paths["trigger.png"], next(iter(sample.clean))[0].cpu(), None, trigger)
     measured = [row for row in history if "asr" in row]
     has_curves = any(row["epoch"] > 0 for row in measured)
     if has_curves:
@@ -73,7 +80,10 @@ def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=
 
 def _alternative_texts(metrics, measured, trigger):
     """Each picture in words, for readers who cannot see it."""
-    inverted = "" if trigger is None else f" and with the inverted one ({trigger.describe()})"
+    is_known = not any(is_missing(model["asr"]) for model in metrics.values())
+    triggers = ["the true trigger"] if is_known else []
+    triggers += [f"the inverted one ({trigger.describe()})"] if trigger else []
+    triggers = " and ".join(triggers)
     asr, ranges = [], []
     for name, model in metrics.items():
         when = f" {name}" if len(metrics) > 1 else ""
@@ -83,7 +93,7 @@ def _alternative_texts(metrics, measured, trigger):
     ends = measured[:1] + measured[-1:]
     lines = [f"{METRICS[key][0]} from {' to '.join(format_cell(row[key]) for row in ends)} percent" for key in LINES]
     return {
-        "trigger.png": f"An enlarged test image, clean, with the true trigger{inverted}, and what is changed in it.",
+        "trigger.png": f"An enlarged test image, clean and with {triggers}, and what is changed in it.",
         "features.png": f"Scatter plot of the features of clean and triggered images; {', '.join(asr)}.",
         "curves.png": f"Line plot, first to last epoch: {', '.join(lines)}.",
         "per_class.png": f"Dot plot of the accuracy of each class: {', '.join(ranges)}.",
@@ -94,9 +104,13 @@ def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor, invert
     """Draw the true trigger on the first image and, if there is one, the inverted trigger beside it, enlarged.
 
     Args:
-        clean, triggered: (N, 3, H, W) in [0, 1], images without and with the true trigger.
+        clean, triggered: (N, 3, H, W) in [0, 1], images without and with the true trigger; None if it is unknown.
         inverted: with apply and change, (3, H, W) -> (3, H, W), and describe(), or None.
     """
+    if triggered is None:
+        image = clean[0]
+        panels = [("clean image", image), ("with the inverted trigger", inverted.apply(image))]
+        return _draw_panels(path, [*panels, change(f"inverted: {inverted.describe()}", inverted.change(image))])
     patch, clean, triggered = stamped_patch(clean, triggered), clean[0], triggered[0]
     is_patch = patch is not None
     true_trigger = ("true trigger, as stamped", patch) if is_patch else change("true trigger", triggered - clean)
@@ -108,6 +122,10 @@ def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor, invert
         panels = [("with the true trigger", triggered), ("with the inverted trigger", stamped), ("clean image", clean)]
         panels += [true_trigger, change(f"inverted: {inverted.describe()}", inverted.change(clean))]
         panels += [change("true minus inverted", rest)]
+    return _draw_panels(path, panels)
+
+
+def _draw_panels(path, panels):
     with new_picture(path, 7, 2.5 * len(panels) / 3 + 0.25) as figure:
         for axes, (title, pixels) in zip(figure.subplots(len(panels) // 3, 3).flat, panels, strict=True):
             axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
