@@ -152,8 +152,8 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
     add("--num_class", type=cli.positive, help="number of classes (default: the data set's)")
 
     add = parser.add_argument_group("model" if training else "model (if its file does not state them)").add_argument
-    add("--arch", help="WRN-<depth>-<width>, ResNet18 or PreActResNet18")
-    add("--normalize", choices=["dataset", "none"], help="input normalization; none: raw [0, 1]")
+    add("--arch", help="WRN-<depth>-<width>, ResNet18, PreActResNet18, torchvision:NAME, timm:NAME, FILE.py:NAME")
+    add("--normalize", type=cli.normalization, help="dataset, none (raw [0, 1]), or MEAN,MEAN,MEAN/STD,STD,STD")
     _add_attack(parser, training)
 
     add = parser.add_argument_group("run").add_argument
@@ -174,7 +174,8 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
 
 
 def _add_attack(parser, training):
-    add = parser.add_argument_group("attack" if training else "attack to measure (if the model's file states none; without these options it is unknown)").add_argument
+    group = "attack" if training else "attack to measure, if the model's file states none (else it is unknown)"
+    add = parser.add_argument_group(group).add_argument
     methods = trigger_options(training)
     add_own = partial(cli.add_method_option, add, methods)
     add("--trigger_type", choices=ATTACKS, help="the trigger")

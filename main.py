@@ -12,12 +12,12 @@ Writes weight/<name>.tar and results/<name>/: metrics.json, history.csv, picture
 
 import os
 import re
-from argparse import Namespace
 from functools import partial
 
 import config
 from attacks import Attack, UnknownAttack, build_attack
 from attacks.retune import retuned_metrics
+from attacks.stated import ATTACK_OPTIONS, options_as_used
 from data_loader import get_clean_split, get_eval_set, get_normalization, get_retuning_batches, load_images
 from defenses import DEFENSE_FUNCTIONS, DefenseContext
 from defenses.inversion import ANY_OTHER, choose_label, label_name, search_target
@@ -43,13 +43,6 @@ CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
 NOT_INVERTED = {"inverted_hit_rate": None, "purified": None}  # of a defense without an inverted trigger
 SAMPLE_IMAGES = 2_000  # of the test set, to measure the inverted trigger on
 MAX_HIT_RATE = 10.0  # percent of images up to which an inverted trigger has lost its hold: it had turned 90
-# What a checkpoint may state, and the options that state it otherwise.
-CHECKPOINT_OPTIONS = {
-    "arch": {"arch"},
-    "num_class": {"num_class"},
-    "normalization": {"normalize"},
-    "attack": {"trigger_type", "target_type", "target_label"}.union(*config.trigger_options().values()),
-}
 
 
 def main():
@@ -171,36 +164,14 @@ def load_victim(opt, explicit, test_set, device):
         raise UserError(f"{opt.dataset} has {classes} classes, but {opt.model} was trained on {num_class}")
     if checkpoint.get("attack") is not None:
         attack = Attack.from_state(checkpoint["attack"], num_class, test_set.images[:1])
-    elif explicit & CHECKPOINT_OPTIONS["attack"]:
+    elif explicit & ATTACK_OPTIONS:
         attack = build_attack(opt, num_class, test_set.size)
     else:
         attack = UnknownAttack(num_class)
-    model, metadata = load_classifier(checkpoint, opt.model, opt.arch, num_class, get_normalization(opt), device)
+    model, metadata = load_classifier(
+        checkpoint, opt.model, used.arch, num_class, get_normalization(opt), device, test_set.size
+    )
     return model, attack, used, {**metadata, "dataset": opt.dataset, "attack": attack.state()}
-
-
-def options_as_used(opt, explicit, checkpoint) -> Namespace:
-    """The options, with those that the checkpoint states replaced by its statements.
-
-    Raises:
-        UserError: the user gave one of those.
-    """
-    used, attack = Namespace(**vars(opt)), None
-    if checkpoint.get("attack") is not None:
-        attack = Attack.from_state(checkpoint["attack"])
-    for key, names in CHECKPOINT_OPTIONS.items():
-        for name in explicit.intersection(names) if checkpoint.get(key) is not None else ():
-            stated = attack.describe() if key == "attack" else checkpoint[key]
-            raise UserError(f"{opt.model} states its {key}, {stated}; leave out --{name}")
-    if "arch" in checkpoint:
-        used.arch, used.num_class, used.normalize = (checkpoint[key] for key in ("arch", "num_class", "normalization"))
-    if attack is not None:
-        stated = {"trigger_type": attack.trigger_type, "target_type": attack.target_type, "target_label": attack.target}
-        for name in CHECKPOINT_OPTIONS["attack"]:
-            setattr(used, name, {**stated, **attack.trigger_options}.get(name))
-    elif not explicit & CHECKPOINT_OPTIONS["attack"]:
-        vars(used).update(dict.fromkeys(CHECKPOINT_OPTIONS["attack"]))
-    return used
 
 
 def find_target(opt, victim, split, num_class, device, clock):

@@ -91,6 +91,8 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     seed_weights(opt.seed)
     normalization = get_normalization(opt)
     model = select_model(opt.arch, attack.num_class, *normalization).to(device)
+    if model.head_name is None:
+        model.find_head(opt.arch, attack.num_class, batches.image_shape[1:])
     metadata = {"arch": opt.arch, "num_class": attack.num_class, "dataset": opt.dataset, "normalization": normalization}
     metadata["attack"] = attack.state()
     network = processes.wrap(model)

@@ -6,12 +6,12 @@ import re
 import torch
 
 from models.selector import Classifier, select_model
-from utils.checkpoint import check_fit, load_weights, read_checkpoint
+from utils.checkpoint import check_fit, load_weights, read_checkpoint, runs_a_file
 from utils.errors import UserError
 
 
-def load_model(weights: dict, path: str, arch: str, num_class: int, mean, std) -> Classifier:
-    """Build `arch` with the weights of a checkpoint.
+def load_model(weights: dict, path: str, arch: str, num_class: int, mean, std, size=(32, 32)) -> Classifier:
+    """Build `arch` with the weights of a checkpoint; size is (H, W) of its images.
 
     Raises:
         UserError: the weights do not fit; the message names the architecture and number of classes that the file
@@ -21,15 +21,20 @@ def load_model(weights: dict, path: str, arch: str, num_class: int, mean, std) -
         check_fit(select_model(arch, num_class), weights, path, f"{arch} with {num_class} classes", _fit_hint(weights))
     model = select_model(arch, num_class, mean, std)
     load_weights(model, weights, path, arch)
+    if model.head_name is None:
+        model.find_head(arch, num_class, size)
     return model
 
 
-def load_classifier(checkpoint: dict, path: str, arch: str, num_class: int, normalization, device):
+def load_classifier(checkpoint: dict, path: str, arch: str, num_class: int, normalization, device, size=(32, 32)):
     """Build the model of a checkpoint; what read_checkpoint found in the file takes precedence over the arguments.
+
+    But code of a file that the checkpoint names is not run: only `arch` can name it.
 
     Args:
         arch, normalization: used if the checkpoint does not state them; normalization is (mean, std).
         num_class: number of classes.
+        size: (H, W) of the images.
 
     Returns:
         the frozen Classifier in eval mode on the device, and its metadata: arch, num_class and normalization.
@@ -37,9 +42,9 @@ def load_classifier(checkpoint: dict, path: str, arch: str, num_class: int, norm
     Raises:
         UserError: unknown architecture, or weights that do not fit it.
     """
-    arch = checkpoint.get("arch", arch)
+    arch = arch if runs_a_file(checkpoint.get("arch", "")) else checkpoint.get("arch", arch)
     normalization = checkpoint.get("normalization", normalization)
-    model = load_model(checkpoint["state_dict"], path, arch, num_class, *normalization)
+    model = load_model(checkpoint["state_dict"], path, arch, num_class, *normalization, size)
     metadata = {"arch": arch, "num_class": num_class, "normalization": normalization}
     return model.to(device).eval().requires_grad_(False), metadata
 
@@ -86,5 +91,5 @@ def _fit_hint(weights):
     """What a state_dict that does not fit appears to hold, and the options for it."""
     arch, num_class = recognise(weights)
     if arch is None:
-        return f"it holds no known architecture ({len(weights)} weights, {num_class or 'an unknown number of'} classes)"
+        return "it holds no known architecture; pass its own: --arch torchvision:NAME, timm:NAME or FILE.py:NAME"
     return f"it appears to hold {arch} with {num_class} classes: --arch {arch} --num_class {num_class}"

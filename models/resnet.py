@@ -36,23 +36,9 @@ class ResNet18(nn.Module):
         self.layer4 = nn.Sequential(block(256, 512, 2), block(512, 512, 1))
         self.linear = nn.Linear(512, num_class)
 
-    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) normalised images -> (B, C, h, w) feature maps of the last three groups."""
-        stem = self.conv1(x)
-        if self.bn1 is not None:
-            stem = F.relu(self.bn1(stem), inplace=True)
-        layer2 = self.layer2(self.layer1(stem))
-        layer3 = self.layer3(layer2)
-        return [layer2, layer3, self.layer4(layer3)]
-
-    def pool(self, maps: torch.Tensor) -> torch.Tensor:
-        """(B, 512, h, w) feature maps of the last group -> (B, 512) features."""
-        return maps.mean((2, 3))
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised images -> (B, 512) pooled features."""
-        return self.pool(self.maps(x)[-1])
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, num_class) logits."""
-        return self.linear(self.features(x))
+        x = self.conv1(x)
+        if self.bn1 is not None:
+            x = F.relu(self.bn1(x), inplace=True)
+        return self.linear(self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3)))

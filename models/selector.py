@@ -1,17 +1,24 @@
-"""select_model builds an architecture by its name, with the normalisation in front."""
+"""select_model builds an architecture by its name; Classifier gives any network what a defense needs of it."""
 
+import importlib.util
+import inspect
+import os
 import re
+from contextlib import contextmanager
 
 import torch
+import torchvision
 from torch import nn
 
 from models.preact_resnet import PreActResNet18
 from models.resnet import ResNet18
 from models.wresnet import WideResNet
+from utils.checkpoint import runs_a_file
 from utils.errors import UserError, did_you_mean
 
 MAX_CLASSES = 100_000
 RESNETS = {"ResNet18": ResNet18, "PreActResNet18": PreActResNet18}
+LIBRARIES = ("torchvision", "timm")
 
 
 class Normalize(nn.Module):
@@ -29,54 +36,148 @@ class Normalize(nn.Module):
 class Classifier(nn.Module):
     """A network with its normalisation in front, so that all other code works on images in [0, 1].
 
-    `network` is the bare architecture, which state_dicts of published checkpoints load into.
+    `network` is the bare architecture, which state_dicts of published checkpoints load into. The feature g(x) is the
+    input of its last linear layer, `head`: its name if it is known, else the last one that runs (see find_head).
     """
 
-    def __init__(self, network, mean, std):
+    def __init__(self, network, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), head: str | None = None):
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.network = network
+        self.head_name = head
 
     @property
     def head(self) -> nn.Linear:
         """The last linear layer, (B, D) features -> (B, num_class) logits."""
-        return self.network.fc if isinstance(self.network, WideResNet) else self.network.linear
+        return self.network.get_submodule(self.head_name)
+
+    def find_head(self, name: str, num_class: int, size: tuple[int, int]) -> None:
+        """Find the last linear layer by running the network, and check that it is a classifier of such images.
+
+        Args:
+            name: of the architecture, for messages.
+            size: (H, W) of the images.
+
+        Raises:
+            UserError: the network fails on them, returns no (B, num_class) logits, or has no such layer at its end.
+        """
+        names = {module: name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)}
+        was_training, images = self.training, torch.zeros(2, 3, *size, device=next(self.parameters()).device)
+        runs = []  # the name of each linear layer that runs, and the dimensions of its input
+        try:
+            with torch.no_grad(), _hooked(names, lambda layer, inputs, _: runs.append((names[layer], inputs[0].dim()))):
+                logits = self.eval()(images)
+        except Exception as error:  # noqa: BLE001 - the code of others can raise anything
+            raise UserError(f"{name} fails on images of {size[0]}x{size[1]} pixels: {_reason(error)}") from None
+        self.train(was_training)
+        if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_class):
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+            raise UserError(f"{name} returns {found} for 2 images, not logits of shape (2, {num_class})")
+        last, dimensions = runs[-1] if runs else ("", 0)
+        if dimensions != 2 or self.network.get_submodule(last).out_features != num_class:
+            raise UserError(f"{name} does not end with a linear layer of {num_class} logits, which MCL's features need")
+        self.head_name = last
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) images in [0, 1] -> (B, D) pooled features, the input of the last linear layer."""
-        return self.network.features(self.normalize(x))
+        """(B, 3, H, W) images in [0, 1] -> (B, D) features, the input of the last linear layer: the paper's g(x)."""
+        features = []
+        with _hooked([self.head], lambda _, inputs, output: features.append(inputs[0])):
+            self(x)
+        return features[-1]
 
     def maps_and_logits(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """One forward pass: (B, 3, H, W) images in [0, 1] -> maps and logits.
 
         Returns:
-            the (B, C, h, w) feature maps of the last three groups of blocks, and the (B, num_class) logits.
+            the (B, C, h, w) output of the last convolution at each of the last three resolutions, and the
+            (B, num_class) logits.
+
+        Raises:
+            UserError: the network has fewer resolutions.
         """
-        maps = self.network.maps(self.normalize(x))
-        return maps, self.head(self.network.pool(maps[-1]))
+        maps = {}
+
+        def record(_, inputs, output):
+            maps.pop(output.shape[2:], None)  # the last resolution comes last
+            maps[output.shape[2:]] = output
+
+        with _hooked([module for module in self.network.modules() if isinstance(module, nn.Conv2d)], record):
+            logits = self(x)
+        if len(maps) < 3:
+            raise UserError(f"nad compares feature maps of three resolutions, and this network has {len(maps)}")
+        return list(maps.values())[-3:], logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images in [0, 1] -> (B, num_class) logits."""
         return self.network(self.normalize(x))
 
 
+@contextmanager
+def _hooked(modules, hook):
+    """Call hook(module, inputs, output) whenever one of the modules has run."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def select_model(arch: str, num_class: int, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) -> Classifier:
-    """Build `arch` with newly initialised weights: WRN-<depth>-<width>, ResNet18 or PreActResNet18.
+    """Build an architecture with newly initialised weights.
 
     Args:
+        arch: WRN-<depth>-<width>, ResNet18, PreActResNet18, torchvision:NAME, timm:NAME, or FILE.py:NAME, a class or
+            function in a file, which is run; called with num_class or num_classes if it takes one of them.
         mean, std: constants of the normalisation per channel; the defaults change nothing.
 
+    Returns:
+        the Classifier; the head of an architecture of others is to be found with find_head.
+
     Raises:
-        UserError: unknown architecture, or an implausibly large one.
+        UserError: unknown architecture, one that cannot be built, or an implausibly large one.
     """
     if num_class > MAX_CLASSES:
         raise UserError(f"{num_class:,} classes are too many; at most {MAX_CLASSES:,} are supported")
-    wide = re.fullmatch(r"WRN-(\d{1,4})-(\d{1,3})", arch)
+    wide, head = re.fullmatch(r"WRN-(\d{1,4})-(\d{1,3})", arch), None
+    source, _, name = arch.rpartition(":")
     if wide:
-        network = WideResNet(int(wide[1]), int(wide[2]), num_class)
+        network, head = WideResNet(int(wide[1]), int(wide[2]), num_class), "fc"
     elif arch in RESNETS:
-        network = RESNETS[arch](num_class)
+        network, head = RESNETS[arch](num_class), "linear"
+    elif source in LIBRARIES or runs_a_file(arch):
+        network = _build(arch, source, name, num_class)
     else:
         hint = did_you_mean(arch, ["WRN-16-1", *RESNETS])
-        raise UserError(f"unknown architecture {arch!r}; use WRN-<depth>-<width>, {' or '.join(RESNETS)}{hint}")
-    return Classifier(network, mean, std).to(memory_format=torch.channels_last)
+        known = f"WRN-<depth>-<width>, {', '.join(RESNETS)}, torchvision:NAME, timm:NAME or FILE.py:NAME"
+        raise UserError(f"unknown architecture {arch!r}; use {known}{hint}")
+    return Classifier(network, mean, std, head).to(memory_format=torch.channels_last)
+
+
+def _build(arch, source, name, num_class):
+    """A network of a library or of a file; any failure is a UserError."""
+    try:
+        if source == "torchvision":
+            return torchvision.models.get_model(name, weights=None, num_classes=num_class)
+        if source == "timm":
+            return importlib.import_module("timm").create_model(name, num_classes=num_class)
+        spec = importlib.util.spec_from_file_location(os.path.basename(source).removesuffix(".py"), source)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        make = getattr(module, name)
+        taken = inspect.signature(make).parameters
+        network = make(**{word: num_class for word in ("num_class", "num_classes") if word in taken})
+    except ModuleNotFoundError as error:
+        raise UserError(f"--arch {arch} needs the package {error.name}: pip install {error.name}") from None
+    except Exception as error:  # noqa: BLE001 - the code of others can raise anything
+        raise UserError(
+            f"--arch {arch} cannot be built: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
+    if not isinstance(network, nn.Module):
+        raise UserError(f"--arch {arch} makes a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def _reason(error):
+    """The message of any exception in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -78,20 +78,7 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
 
-    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) normalised images -> (B, C, h, w) feature maps of the three groups."""
-        block1 = self.block1(self.conv1(x))
-        block2 = self.block2(block1)
-        return [block1, block2, self.block3(block2)]
-
-    def pool(self, maps: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) feature maps of the last group -> (B, 64 * widen_factor) features."""
-        return F.relu(self.bn1(maps), inplace=True).mean((2, 3))
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised images -> (B, 64 * widen_factor) pooled features, the paper's g(x)."""
-        return self.pool(self.maps(x)[-1])
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, num_class) logits."""
-        return self.fc(self.features(x))
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn1(x), inplace=True).mean((2, 3)))

@@ -113,6 +113,11 @@ def load_weights(model, weights: dict, path: str, arch: str) -> None:
     model.network.load_state_dict(weights, strict=False)
 
 
+def runs_a_file(arch: str) -> bool:
+    """Whether an architecture is FILE.py:NAME, the code of a user's file."""
+    return arch.rpartition(":")[0].endswith(".py")
+
+
 def _first_three(names):
     return ", ".join(map(printable, names[:3])) + (" ..." if len(names) > 3 else "")
 
@@ -138,7 +143,7 @@ def _is_normalization(value):
 
 # Key -> (whether a value is valid, what a valid one is).
 METADATA = {
-    "arch": (lambda value: isinstance(value, str) and len(value) < 40 and value.isprintable(), "a short name"),
+    "arch": (lambda value: isinstance(value, str) and len(value) < 200 and value.isprintable(), "a short name"),
     "num_class": (lambda value: type(value) is int and value >= 2, "a number of classes, 2 or more"),
     "normalization": (_is_normalization, "a mean and a standard deviation above 0 for each of three channels"),
 }

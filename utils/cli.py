@@ -158,6 +158,16 @@ decay = number_type(float, lambda x: 0 <= x < 1, "from 0 to below 1")
 _label = number_type(int, lambda n: n >= 0, "auto, any, or a label, 0 or more")
 
 
+def normalization(text: str) -> str | tuple:
+    """An argparse type: "dataset", "none", or the means and the standard deviations of three channels."""
+    if text in ("dataset", "none"):
+        return text
+    numbers = tuple(tuple(float(number) for number in part.split(",")) for part in text.split("/"))
+    if [len(part) for part in numbers] != [3, 3] or not all(0 < std < math.inf for std in numbers[1]):
+        raise argparse.ArgumentTypeError(f"{text} is not dataset, none, or MEAN,MEAN,MEAN/STD,STD,STD with STD above 0")
+    return numbers
+
+
 def target(text: str) -> str | int:
     """An argparse type: "auto", "any", or a label."""
     return text if text in ("auto", "any") else _label(text)

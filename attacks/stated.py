@@ -1,0 +1,49 @@
+"""The options of a run on a checkpoint that states some of them itself."""
+
+from argparse import Namespace
+
+from attacks.attack import TRIGGERS, Attack
+from utils.checkpoint import runs_a_file
+from utils.errors import UserError
+
+ATTACK_OPTIONS = {"trigger_type", "target_type", "target_label"}.union(
+    *({*spec.options, *spec.build_options} - {"surrogate"} for spec in TRIGGERS.values())
+)
+# What a checkpoint may state, and the options that state it otherwise.
+CHECKPOINT_OPTIONS = {
+    "arch": {"arch"},
+    "num_class": {"num_class"},
+    "normalization": {"normalize"},
+    "attack": ATTACK_OPTIONS,
+}
+
+
+def options_as_used(opt: Namespace, explicit: set[str], checkpoint: dict) -> Namespace:
+    """The options, with those that the checkpoint states replaced by its statements.
+
+    The options of the attack are None if neither the checkpoint nor the user states one. An architecture whose code
+    lies in a file has to be named by the user, since it is run.
+
+    Raises:
+        UserError: the user gave an option that the checkpoint states, or did not name such an architecture.
+    """
+    used, attack = Namespace(**vars(opt)), None
+    if checkpoint.get("attack") is not None:
+        attack = Attack.from_state(checkpoint["attack"])
+    needs_file = runs_a_file(checkpoint.get("arch", ""))
+    if needs_file and "arch" not in explicit:
+        raise UserError(f"{opt.model} needs code that is only run if you name it: --arch {checkpoint['arch']}")
+    for key, names in CHECKPOINT_OPTIONS.items():
+        given = sorted(explicit & names)
+        if given and checkpoint.get(key) is not None and not (key == "arch" and needs_file):
+            stated = attack.describe() if key == "attack" else checkpoint[key]
+            raise UserError(f"{opt.model} states its {key}, {stated}; leave out --{given[0]}")
+    if "arch" in checkpoint:
+        used.arch = opt.arch if needs_file else checkpoint["arch"]
+        used.num_class, used.normalize = checkpoint["num_class"], checkpoint["normalization"]
+    if attack is not None:
+        stated = {"trigger_type": attack.trigger_type, "target_type": attack.target_type, "target_label": attack.target}
+        vars(used).update({name: {**stated, **attack.trigger_options}.get(name) for name in ATTACK_OPTIONS})
+    elif not explicit & ATTACK_OPTIONS:
+        vars(used).update(dict.fromkeys(ATTACK_OPTIONS))
+    return used
