@@ -19,8 +19,8 @@ from attacks import Attack, UnknownAttack, build_attack
 from attacks.retune import retuned_metrics
 from attacks.stated import ATTACK_OPTIONS, options_as_used
 from data_loader import get_clean_split, get_eval_set, get_normalization, get_retuning_batches, load_images
-from defenses import DEFENSE_FUNCTIONS, DefenseContext
-from defenses.inversion import ANY_OTHER, choose_label, label_name, search_target
+from defenses import DEFENSE_FUNCTIONS, MAX_HIT_RATE, DefenseContext, find_target, run_defense
+from defenses.inversion import ANY_OTHER, label_name
 from models.loading import load_classifier, load_clean_model
 from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
 from utils.cli import is_comparison
@@ -36,13 +36,9 @@ from utils.reporting.save import save_results
 from utils.reporting.tables import metrics_table, published_table, retuned_table, search_table, verdict
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
-from utils.seed import generator
 
-# Options of a defense that are consumed before it starts: by the target search and by the batches.
-CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
 NOT_INVERTED = {"inverted_hit_rate": None, "purified": None}  # of a defense without an inverted trigger
 SAMPLE_IMAGES = 2_000  # of the test set, to measure the inverted trigger on
-MAX_HIT_RATE = 10.0  # percent of images up to which an inverted trigger has lost its hold: it had turned 90
 
 
 def main():
@@ -84,7 +80,7 @@ def run(opt, explicit, name) -> dict:
         metrics = {"before": evaluate(victim, test, attack), "after": None}
     models, history, trigger, inverted = {"before": victim}, [], None, NOT_INVERTED
 
-    target, scores = find_target(opt, victim, split, attack.num_class, device, clock)
+    target, scores = search_label(opt, victim, split, attack.num_class, device, clock)
     found_nothing = scores is not None and target is None
     if opt.defense != "none" and not found_nothing:
         goal = "" if target is None else f"; defending against {label_name(target)}"
@@ -174,15 +170,14 @@ def load_victim(opt, explicit, test_set, device):
     return model, attack, used, {**metadata, "dataset": opt.dataset, "attack": attack.state()}
 
 
-def find_target(opt, victim, split, num_class, device, clock):
+def search_label(opt, victim, split, num_class, device, clock):
     """The label to defend against (None if there is none), and the scores of the search (None without a search)."""
     if opt.target != "auto":
         return ANY_OTHER if opt.target == "any" else opt.target, None
     with clock("detect"):
-        rng = generator(opt.seed, "search")
-        scores = search_target(victim, split.search, num_class, device, rng, precision=opt.precision)
+        settings = num_class, device, opt.seed, opt.force, opt.precision
+        target, scores, reason = find_target(victim, split.search, *settings)
     print(search_table([score.metadata() for score in scores]))
-    target, reason = choose_label(scores, opt.force)
     print(reason)
     return target, scores
 
@@ -191,8 +186,7 @@ def defend(opt, victim, split, target, device, clock, monitor):
     """Run the defense on the clean split. Returns its DefenseResult."""
     data = split.train, split.plain, opt.augment == "crop_flip", len(split.index)
     context = DefenseContext(victim, *data, device, opt.seed, clock, target, monitor, opt.dataset in MIRRORED)
-    settings = {name: getattr(opt, name) for name in config.DEFENSES[opt.defense] if name not in CONSUMED_OPTIONS}
-    return DEFENSE_FUNCTIONS[opt.defense](context, precision=opt.precision, **settings)
+    return run_defense(opt.defense, context, vars(opt), opt.precision)
 
 
 def measure_inverted(models, trigger, target, batches) -> dict:
@@ -200,7 +194,7 @@ def measure_inverted(models, trigger, target, batches) -> dict:
     if trigger is None:
         return NOT_INVERTED
     rates = {name: 100 * trigger.rate_on(model, batches, target) for name, model in models.items()}
-    return {"inverted_hit_rate": rates, "purified": rates["after"] <= MAX_HIT_RATE}
+    return {"inverted_hit_rate": rates, "purified": rates["after"] <= 100 * MAX_HIT_RATE}
 
 
 def save_purified(path, results, model, metadata):

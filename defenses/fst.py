@@ -14,10 +14,10 @@ from utils.training import sgd_step, train
 
 
 def reinit_head(head, rng: torch.Generator) -> None:
-    """Draw weight and bias of a linear layer from U(-1/sqrt(D), 1/sqrt(D)), torch's own initialisation."""
+    """Draw weight and biases of a linear layer from U(-1/sqrt(D), 1/sqrt(D)), torch's own initialisation."""
     bound = head.in_features**-0.5
     with torch.no_grad():
-        for parameter in (head.weight, head.bias):
+        for parameter in head.parameters():
             parameter.copy_((2 * torch.rand(parameter.shape, generator=rng) - 1) * bound)
 
 

@@ -190,12 +190,15 @@ def purify(
 def calibrate(model, batches) -> None:
     """Fit the biases of the last layer to the labels, in place: mean cross-entropy, all other weights fixed.
 
-    A normal prior of variance 1 on each change keeps the bias of a class with few images or none.
+    A normal prior of variance 1 on each change keeps the bias of a class with few images or none. A last layer without
+    biases stays as it is.
 
     Args:
         model: in eval mode.
         batches: clean (images, labels).
     """
+    if model.head.bias is None:
+        return
     with torch.no_grad():
         logits, labels = (torch.cat(parts) for parts in zip(*((model(x).float(), y) for x, y in batches), strict=True))
     change = torch.zeros_like(model.head.bias, requires_grad=True)

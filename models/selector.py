@@ -51,12 +51,16 @@ class Classifier(nn.Module):
         """The last linear layer, (B, D) features -> (B, num_class) logits."""
         return self.network.get_submodule(self.head_name)
 
-    def find_head(self, name: str, num_class: int, size: tuple[int, int]) -> None:
+    def find_head(self, name: str, num_class: int | None, size: tuple[int, int]) -> int:
         """Find the last linear layer by running the network, and check that it is a classifier of such images.
 
         Args:
             name: of the architecture, for messages.
+            num_class: the number of logits that is expected; None: any.
             size: (H, W) of the images.
+
+        Returns:
+            the number of logits.
 
         Raises:
             UserError: the network fails on them, returns no (B, num_class) logits, or has no such layer at its end.
@@ -70,13 +74,15 @@ class Classifier(nn.Module):
         except Exception as error:  # noqa: BLE001 - the code of others can raise anything
             raise UserError(f"{name} fails on images of {size[0]}x{size[1]} pixels: {_reason(error)}") from None
         self.train(was_training)
-        if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_class):
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-            raise UserError(f"{name} returns {found} for 2 images, not logits of shape (2, {num_class})")
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        if len(shape) != 2 or shape != (2, num_class or shape[1]):
+            raise UserError(f"{name} returns {shape} for 2 images, not logits of shape (2, {num_class or 'K'})")
+        num_class = shape[1]
         last, dimensions = runs[-1] if runs else ("", 0)
         if dimensions != 2 or self.network.get_submodule(last).out_features != num_class:
             raise UserError(f"{name} does not end with a linear layer of {num_class} logits, which MCL's features need")
         self.head_name = last
+        return num_class
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images in [0, 1] -> (B, D) features, the input of the last linear layer: the paper's g(x)."""

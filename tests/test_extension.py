@@ -39,7 +39,7 @@ EDITS = [
         "ATTACKS = {\n",
         '    "rowTrigger": {"name": "row", "target_type": "all2one", "options": {"brightness": 250.0}},\n',
     ),
-    ("defenses/__init__.py", "DEFENSE_FUNCTIONS = {\n", '    "scaling": scaling.defend,\n'),
+    ("defenses/purify.py", "DEFENSE_FUNCTIONS = {\n", '    "scaling": scaling.defend,\n'),
     ("config.py", "DEFENSES = {\n", '    "scaling": {"scale": 0.5, "batch_size": 64, "augment": "none"},\n'),
 ]
 
@@ -59,7 +59,7 @@ def extended(tmp_path_factory):
         assert text.count(place) == 1
         entry = place + entry if entry else f"from attacks.row import row_trigger\n{place}"
         (copy / name).write_text(text.replace(place, entry))
-    init = copy / "defenses" / "__init__.py"
+    init = copy / "defenses" / "purify.py"
     init.write_text(init.read_text().replace("from defenses import ", "from defenses import scaling, ", 1))
     return copy
 

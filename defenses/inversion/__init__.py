@@ -1,14 +1,16 @@
 """What a trigger may be, how it is inverted from a model, and the search for the target label."""
 
 from defenses.inversion.invert import find_trigger, shifted_patterns
-from defenses.inversion.objective import ANY_OTHER, label_name
+from defenses.inversion.objective import ANY_OTHER, HIT_RATE, label_name
 from defenses.inversion.patterns import PatternApplier, apply_patterns
-from defenses.inversion.target_search import choose_label, search_target
+from defenses.inversion.target_search import LabelScore, choose_label, search_target
 from defenses.inversion.trigger import InvertedTrigger
 
 __all__ = [
     "ANY_OTHER",
+    "HIT_RATE",
     "InvertedTrigger",
+    "LabelScore",
     "PatternApplier",
     "apply_patterns",
     "choose_label",

@@ -1,0 +1,141 @@
+"""purify, the door for Python users, and the steps that it shares with main.py."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import config
+from defenses import fst, ft, ftsam, ibau, mcl, nad, nc, pam
+from defenses.base import DefenseContext, DefenseResult
+from defenses.inversion import ANY_OTHER, HIT_RATE, InvertedTrigger, LabelScore, choose_label, search_target
+from models.selector import Classifier
+from utils.batches import Batches, TensorImages, defender_batches
+from utils.device import pick_device
+from utils.errors import UserError, did_you_mean
+from utils.progress import Stopwatch
+from utils.seed import generator
+
+# A new defense is a file in this folder, an entry here, and a recipe in config.DEFENSES.
+DEFENSE_FUNCTIONS = {
+    "mcl": mcl.defend,
+    "ft": ft.defend,
+    "nad": nad.defend,
+    "ibau": ibau.defend,
+    "nc": nc.defend,
+    "ftsam": ftsam.defend,
+    "fst": fst.defend,
+    "pam": pam.defend,
+}
+# Options of a defense that are consumed before it starts: by the target search and by the batches.
+CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
+MAX_HIT_RATE = 1 - HIT_RATE  # up to this fraction of turned images, an inverted trigger has lost its hold
+
+
+class PurifyResult(NamedTuple):
+    """The result of purify.
+
+    model: the purified copy of the model, in eval mode; None if the search found no backdoor or if the inverted
+        trigger still works.
+    target: the label that was defended against; None if there was none, -1 for any other label.
+    search: the scores of the target search, a LabelScore a label; None without a search.
+    trigger: the inverted trigger, or None.
+    purified: whether the inverted trigger lost its hold on the clean images; None if none was inverted.
+    history: a dict an epoch.
+    """
+
+    model: nn.Module | None
+    target: int | None
+    search: list[LabelScore] | None
+    trigger: InvertedTrigger | None
+    purified: bool | None
+    history: list[dict]
+
+
+def purify(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    defense: str = "mcl",
+    target: int | str = "auto",
+    seed: int = 1,
+    device: str = "auto",
+    mirrored: bool = True,
+    **options,
+) -> PurifyResult:
+    """Remove a backdoor from an image classifier, given some clean images.
+
+    Args:
+        model: (B, 3, H, W) images in [0, 1] -> (B, K) logits, with a last linear layer; it is not modified.
+        images: (N, 3, H, W) float in [0, 1], or (N, H, W, 3) uint8.
+        labels: (N,) integers, 0..K - 1.
+        defense: a name in config.DEFENSES.
+        target: the label to defend against, "any", or "auto" to search for it.
+        device: "auto", "cpu" or "cuda".
+        mirrored: whether mirror images have the labels of their originals.
+        options: of the defense, as in config.DEFENSES.
+
+    Raises:
+        UserError: the model, the images, the labels or the options do not fit; nothing has been trained.
+        RunError: the training failed, or no pattern turns the images into the target label.
+    """
+    recipe, device = _recipe(defense, target, options), pick_device(device)
+    data = _checked(images, labels)
+    victim = Classifier(copy.deepcopy(model)).to(device, memory_format=torch.channels_last)
+    num_class = victim.find_head(type(model).__name__, None, tuple(data.images.shape[1:3]))
+    victim.eval().requires_grad_(False)
+    if int(data.labels.max()) >= num_class:
+        raise UserError(f"label {int(data.labels.max())} is not one of the model's labels 0..{num_class - 1}")
+    augment = recipe["augment"] == "crop_flip"
+    train, plain, search = defender_batches(data, recipe["batch_size"], augment, mirrored, seed, device)
+    scores = None
+    target = recipe.get("target")
+    if target == "auto":
+        target, scores, _ = find_target(victim, search, num_class, device, seed, recipe["force"])
+        if target is None:
+            return PurifyResult(None, None, scores, None, None, [])
+    target = ANY_OTHER if target == "any" else target
+    context = DefenseContext(
+        victim, train, plain, augment, len(data), device, seed, Stopwatch(), target, mirrored=mirrored
+    )
+    student, history, trigger = run_defense(defense, context, recipe)
+    purified = trigger and trigger.rate_on(student, Batches(data, 125, device), target) <= MAX_HIT_RATE
+    return PurifyResult(None if purified is False else student.network, target, scores, trigger, purified, history)
+
+
+def find_target(victim, batches, num_class, device, seed, force, precision="fp32"):
+    """Search for the target label: the label or None, the scores, and the reason in a sentence."""
+    scores = search_target(victim, batches, num_class, device, generator(seed, "search"), precision=precision)
+    label, reason = choose_label(scores, force)
+    return label, scores, reason
+
+
+def run_defense(name: str, context: DefenseContext, options: dict, precision: str = "fp32") -> DefenseResult:
+    """Run a defense with the options of its recipe that are not consumed before it starts."""
+    settings = {option: options[option] for option in config.DEFENSES[name] if option not in CONSUMED_OPTIONS}
+    return DEFENSE_FUNCTIONS[name](context, precision=precision, **settings)
+
+
+def _recipe(defense, target, options):
+    if defense not in config.DEFENSES:
+        raise UserError(f"no defense named {defense!r}{did_you_mean(defense, config.DEFENSES)}")
+    recipe = dict(config.DEFENSES[defense])
+    for name in options:
+        if name not in recipe:
+            raise UserError(f"{defense} has no option {name!r}{did_you_mean(name, recipe)}")
+    return recipe | options | ({"target": target} if "target" in recipe else {})
+
+
+def _checked(images, labels):
+    """The images as (N, H, W, 3) uint8 and their labels, in a TensorImages."""
+    if images.dim() != 4 or len(images) != len(labels) or not len(images) or labels.dim() != 1:
+        shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+        raise UserError(f"images and labels must have shapes (N, 3, H, W) or (N, H, W, 3), and (N,), not {shapes}")
+    if images.dtype == torch.uint8 and images.shape[3] == 3:
+        return TensorImages(images.cpu(), labels.long().cpu())
+    if not images.is_floating_point() or images.shape[1] != 3 or images.min() < 0 or images.max() > 1:
+        raise UserError("images must be (N, 3, H, W) floats in [0, 1], without normalisation, or (N, H, W, 3) uint8")
+    images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return TensorImages(images.cpu(), labels.long().cpu())

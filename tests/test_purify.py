@@ -1,0 +1,100 @@
+"""purify: the door for Python users."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ROOT, state_vector
+from torch import nn
+
+from attacks import Attack
+from defenses import purify
+from models.loading import load_model
+from utils.errors import UserError
+from utils.shapes import draw_shapes
+
+
+class Wrapped(nn.Module):
+    """A user's own class: a network with its normalisation inside."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.inner = network
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.fixture(scope="module")
+def backdoored():
+    checkpoint = torch.load(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar", weights_only=True)
+    model = load_model(checkpoint["state_dict"], "shapes", "WRN-16-1", 10, *checkpoint["normalization"])
+    return Wrapped(model).eval(), Attack(**checkpoint["attack"])
+
+
+@pytest.fixture(scope="module")
+def clean_images():
+    images, labels = draw_shapes("train")
+    return images[:500], labels[:500]
+
+
+def test_a_model_of_ones_own_class_is_purified_and_left_as_it_is(backdoored, clean_images):
+    model, attack = backdoored
+    before = state_vector(model).clone()
+    images, labels = clean_images
+    floats = images.permute(0, 3, 1, 2) / 255
+    result = purify(model, floats, labels, inversion_rounds=1, epochs=2, finetune_epochs=1, device="cpu")
+    assert torch.equal(state_vector(model), before)
+    assert type(result.model) is Wrapped
+    assert result.target == attack.target
+    assert result.purified is True
+    assert any(score.flagged and score.label == attack.target for score in result.search)
+    assert len(result.history) == 2
+    test_images, test_labels = (part[:300] for part in draw_shapes("test"))
+    triggered = attack.stamp(test_images).permute(0, 3, 1, 2) / 255
+    others = test_labels != attack.target
+    with torch.no_grad():
+        asr = (result.model(triggered[others]).argmax(1) == attack.target).double().mean()
+        right = (result.model(test_images.permute(0, 3, 1, 2) / 255).argmax(1) == test_labels).double().mean()
+    assert asr < 0.05
+    assert right > 0.95
+
+
+def test_uint8_images_are_the_same_images(backdoored, clean_images):
+    model, _ = backdoored
+    images, labels = clean_images[0][:64], clean_images[1][:64]
+    results = [
+        purify(model, x, labels, defense="ft", epochs=1, device="cpu").model
+        for x in (images, images.permute(0, 3, 1, 2) / 255)
+    ]
+    assert torch.equal(*map(state_vector, results))
+
+
+def test_a_model_without_a_backdoor_is_not_touched(clean_images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    result = purify(model, *clean_images, device="cpu")
+    assert result.model is None
+    assert result.target is None
+    assert len(result.search) >= 11
+
+
+IMAGES, LABELS = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+MODEL = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": IMAGES * 2 - 1}, "floats in .0, 1., without normalisation"),
+        ({"images": IMAGES[:3]}, r"not \(3, 3, 8, 8\) and \(4,\)"),
+        ({"labels": LABELS + 2}, "label 4 is not one of the model's labels 0..2"),
+        ({"defense": "ntc"}, "no defense named 'ntc'; did you mean nc"),
+        ({"epoch": 3}, "mcl has no option 'epoch'; did you mean epochs"),
+        ({"model": nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten())}, "does not end with a linear layer of 3 logits"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_any_work(change, message):
+    arguments = {"model": copy.deepcopy(MODEL), "images": IMAGES, "labels": LABELS, "device": "cpu", **change}
+    with pytest.raises(UserError, match=message):
+        purify(**arguments)

@@ -1,0 +1,114 @@
+"""Batches ready for a model, from images that are stored as (N, H, W, 3) uint8."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from utils.seed import generator
+
+CLEAN_PADDING = 2  # of the defender's crops: its positive model may never have seen a shifted image
+EPOCH_IMAGES = 1_280  # of the defender, at least: fewer clean images are repeated, so that the steps do not fall
+
+
+class TensorImages(Dataset):
+    """A data set held as two tensors; d[i] -> ((3, H, W) float image in [0, 1], int label)."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i].permute(2, 0, 1) / 255, int(self.labels[i])
+
+
+class Batches:
+    """Iterates over (images (B, 3, H, W) float in [0, 1], labels (B,)) on the device.
+
+    The uint8 set lies on the device. A batch is one gather: the random crop and flip are folded into its index.
+
+    Args:
+        shuffle: a new order each epoch.
+        padding: random crops with so many pixels of black around the image; None: no augmentation.
+        mirror: random flips as well.
+        rng: source of order, crops and flips.
+        drop_last: leave out a last batch that is not full.
+        repeat: how often an epoch has each image, each time in a new order.
+        shard: (i, n): the i-th of n equal parts of each batch, for data-parallel training in n processes.
+    """
+
+    def __init__(
+        self,
+        data,
+        batch_size,
+        device,
+        *,
+        shuffle=False,
+        padding=None,
+        mirror=True,
+        drop_last=False,
+        repeat=1,
+        rng=None,
+        shard=(0, 1),
+    ):
+        self.labels = data.labels.to(device)
+        self.count, self.height, self.width, _ = data.images.shape
+        self.padding, self.mirror = padding, mirror
+        images = data.images if padding is None else F.pad(data.images, (0, 0, *[padding] * 4))
+        self.row_stride, self.image_stride = images.shape[2], images.shape[1] * images.shape[2]
+        self.pixels = images.reshape(-1, 3).to(device)
+        self.batch_size, self.shuffle, self.drop_last, self.rng = batch_size, shuffle, drop_last, rng
+        self.repeat, self.shard = repeat, shard
+        window = torch.arange(self.height)[:, None] * self.row_stride + torch.arange(self.width)
+        self.windows = torch.stack([window, window.flip(1)]).to(device)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        return 3, self.height, self.width
+
+    def __len__(self):
+        full, rest = divmod(self.count * self.repeat, self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self):
+        device = self.labels.device
+        orders = [
+            torch.randperm(self.count, generator=self.rng) if self.shuffle else torch.arange(self.count)
+            for _ in range(self.repeat)
+        ]
+        order = torch.cat(orders)
+        corner, flip = order * self.image_stride, torch.zeros_like(order)
+        if self.padding is not None:
+            shifts = torch.randint(2 * self.padding + 1, (2, len(order)), generator=self.rng)
+            corner += shifts[0] * self.row_stride + shifts[1]
+            flip = torch.randint(1 + self.mirror, (len(order),), generator=self.rng)
+        order, corner, flip = order.to(device), corner.to(device), flip.to(device)
+        shard_index, shard_count = self.shard
+        shard_size = self.batch_size // shard_count
+        for i in range(len(self)):
+            start = i * self.batch_size + shard_index * shard_size
+            batch = slice(start, start + shard_size)
+            index = corner[batch, None, None] + self.windows[flip[batch]]
+            images = self.pixels[index.view(-1)].view(*index.shape, 3)
+            yield images.permute(0, 3, 1, 2).float().div_(255), self.labels[order[batch]]
+
+
+def defender_batches(data, batch_size, augment, mirror, seed, device) -> tuple[Batches, Batches, Batches]:
+    """Batches of the clean images, each with a generator of its own: to train on, plain ones, and for the search.
+
+    Args:
+        data: a TensorImages.
+        augment: whether those to train on are cropped, and flipped if `mirror`.
+    """
+
+    def batches(padding, purpose, repeat=1):
+        size, rng = min(batch_size, len(data) * repeat), generator(seed, purpose)
+        settings = {"shuffle": True, "drop_last": True, "padding": padding, "mirror": mirror, "repeat": repeat}
+        return Batches(data, size, device, **settings, rng=rng)
+
+    train = batches(CLEAN_PADDING if augment else None, "batches", math.ceil(EPOCH_IMAGES / len(data)))
+    return train, batches(None, "plain batches"), batches(None, "search batches")
