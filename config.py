@@ -83,7 +83,7 @@ DEFENSES = {
         "align_weight": 4.0,  # of 1 - cos(z, z+); published: 0
         "contrast": "others",  # images in the contrast: not the target class's; published: all
         "ema": 0.97,  # decay of the averaged weights; published: 0, the last weights
-        "calibration": "bias",  # fit the last layer's biases to the clean labels; published: none
+        "calibration": "bias",  # fit the last layer's biases to the labels; published: none
     },
     "ft": {  # as NAD's authors fine-tune
         "epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "drop",
@@ -234,7 +234,7 @@ def _add_defense(parser):
     add_own("align_weight", "weight of the alignment loss, 1 - cos(z, z+)", type=cli.zero_or_more)
     add_own("contrast", "images in the contrast; others: not the target's; none: alignment alone", choices=CONTRASTS)
     add_own("ema", "decay of the averaged weights; 0: no averaging", type=cli.decay)
-    add_own("calibration", "what is fitted to the clean labels at the end", choices=["bias", "none"])
+    add_own("calibration", "what is fitted to the labels at the end", choices=["bias", "none"])
     add_own("rho", "distance from the weights at which the gradient is taken", type=cli.above_zero)
     add_own("alpha", "weight of the product of the new and the old last layer", type=cli.zero_or_more)
     cli.add_undeclared_options(parser, add, DEFENSES)

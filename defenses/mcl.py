@@ -11,8 +11,8 @@ Additions to the paper, each with an option that turns it off:
 - the positive is averaged over the image and its mirror image, and the trigger is shifted and mirrored (augment);
 - images of the target class are left out of the contrast (contrast);
 - the student's weights are averaged over the last steps (ema);
-- the biases of the last layer are fitted to the clean labels at the end, since the push away from the backdoored
-  feature makes the student avoid the target label on clean images as well (calibration).
+- the biases of the last layer are fitted to the labels at the end, since the push away from the backdoored feature
+  makes the student avoid the target label on clean images as well (calibration).
 """
 
 import copy
@@ -53,7 +53,7 @@ def defend(
             few images bear smaller steps only.
         contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
             leaves the alignment alone.
-        calibration: "bias" fits the biases of the last layer to the clean labels, "none" leaves them.
+        calibration: "bias" fits the biases of the last layer to the labels, "none" leaves them.
         sgd: arguments of utils.training.train that fine-tuning and purification share.
 
     Raises:
@@ -71,11 +71,12 @@ def defend(
                 **schedule,
             )
     trigger = context.invert(inversion_rounds, inversion_steps, inversion_batches, sgd["precision"])
+    patterns = context.training_patterns(trigger)
     with context.clock("purify"):
         student, history = purify(
             context.victim,
             positive_model,
-            context.training_patterns(trigger),
+            patterns,
             context.train_batches,
             context.device,
             temperature=temperature,
@@ -89,7 +90,7 @@ def defend(
             **sgd,
         )
         if calibration == "bias":
-            calibrate(student, context.plain_batches)
+            calibrate(student, patterns, context.plain_batches, context.target)
     return DefenseResult(student, history, trigger)
 
 
@@ -187,20 +188,27 @@ def purify(
     return student.eval(), history
 
 
-def calibrate(model, batches) -> None:
-    """Fit the biases of the last layer to the labels, in place: mean cross-entropy, all other weights fixed.
+def calibrate(model, patterns, batches, target) -> None:
+    """Fit the biases of the last layer, in place, to the labels of x and of the x' that a trigger could turn.
 
-    A normal prior of variance 1 on each change keeps the bias of a class with few images or none. A last layer without
-    biases stays as it is.
+    Mean cross-entropy, all other weights fixed. A normal prior of variance 1 on each change keeps the bias of a class
+    with few images or none. A last layer without biases stays as it is.
 
     Args:
         model: in eval mode.
+        patterns: (V, C, H, W), as in purify.
         batches: clean (images, labels).
+        target: the label whose images carry no trigger, or ANY_OTHER.
     """
     if model.head.bias is None:
         return
+    add_trigger, logits, labels = PatternApplier(patterns), [], []
     with torch.no_grad():
-        logits, labels = (torch.cat(parts) for parts in zip(*((model(x).float(), y) for x, y in batches), strict=True))
+        for images, true_labels in batches:
+            others = true_labels != target
+            logits += [model(images).float(), model(add_trigger(images)[others]).float()]
+            labels += [true_labels, true_labels[others]]
+    logits, labels = torch.cat(logits), torch.cat(labels)
     change = torch.zeros_like(model.head.bias, requires_grad=True)
     optimizer = torch.optim.LBFGS([change], max_iter=50, line_search_fn="strong_wolfe")
 

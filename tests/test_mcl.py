@@ -257,19 +257,25 @@ def test_the_trigger_is_shifted_if_images_are_augmented_and_the_victim_responds(
     assert torch.equal(context.training_patterns(waves), torch.stack([trigger.pattern, -trigger.pattern]))
 
 
-def test_calibration_fits_the_biases_to_the_labels_and_nothing_else(victim, batches):
+def test_calibration_fits_the_biases_to_the_labels_and_nothing_else(victim, batches, trigger):
     model, (images, labels) = copy.deepcopy(victim), map(torch.cat, zip(*batches, strict=True))
-    calibrate(model, batches)
+    calibrate(model, trigger.patterns, batches, 1)
     change = model.head.bias - victim.head.bias
     assert change.abs().max() > 0.1
+    others = labels != 1
+    images = torch.cat([images, apply_patterns(images[others], trigger.patterns)])
+    labels = torch.cat([labels, labels[others]])
     excess = model(images).softmax(1).sum(0) - torch.stack([(labels == label).sum() for label in range(3)])
     assert torch.allclose(excess, -change, atol=1e-3)  # the gradient is 0: the excess is the prior's pull
     model.head.bias -= change
     assert torch.allclose(state_vector(model), state_vector(victim))
 
 
-def test_calibration_bears_a_class_without_images(victim, batches):
+def test_calibration_bears_a_class_without_images_and_a_layer_without_biases(victim, batches, trigger):
     model = copy.deepcopy(victim)
-    calibrate(model, [(images, torch.zeros_like(labels)) for images, labels in batches])
+    calibrate(model, trigger.patterns, [(images, torch.zeros_like(labels)) for images, labels in batches], 1)
     assert model.head.bias[0] > 1
     assert model.head.bias.abs().max() < 10
+    model.head.bias = None
+    calibrate(model, trigger.patterns, batches, 1)
+    assert model.head.bias is None
