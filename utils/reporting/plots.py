@@ -12,8 +12,6 @@ from utils.reporting.tables import METRICS, format_cell, is_missing
 SAMPLE_SIZE = 700  # images on the feature map, and as many triggered ones; more would hide each other
 MAX_CLASSES = 50  # rows that are readable on one picture
 NAME_LENGTH = 28
-CLOSER = [("acc", "acc_published", "ra"), ("asr",)]  # metrics of the panels that show later epochs closer
-CLOSER_SPAN = 25  # percentage points; a wider range of values is not larger in a panel of half the height
 LINES = {  # metric -> the colour of the images that it is measured on, marker and line
     "acc": (CLEAN, "o-"),
     "acc_published": (CLEAN, "s--"),
@@ -155,35 +153,16 @@ def change(title: str, pixels: torch.Tensor) -> tuple[str, torch.Tensor]:
 
 
 def draw_curves(path: str, rows: list[dict]) -> None:
-    """Draw the metrics of LINES by epoch; after a row of epoch 0, panels show later epochs closer where that helps."""
-    later = [row for row in rows if row["epoch"] > 0]
-    has_start = len(later) < len(rows)
-    groups = []
-    for keys in CLOSER if has_start and len(later) > 1 else ():
-        values = [row[key] for row in later for key in keys if not is_missing(row[key])]
-        if values and max(values) - min(values) <= CLOSER_SPAN:
-            groups.append(keys)
-    with new_picture(path, 7 if groups else 5, 3.4) as figure:
-        grid = figure.add_gridspec(max(len(groups), 1), 2, width_ratios=[3, 2])
-        axes = figure.add_subplot(grid[:, 0] if groups else grid[:, :])
-        _draw_lines(axes, rows, LINES)
-        axes.set(ylim=(-3, 103), xlabel="epoch (0: the victim)" if has_start else "epoch")
-        figure.legend(loc="outside upper center", ncols=len(LINES))
-        for i, keys in enumerate(groups):
-            panel = figure.add_subplot(grid[i, 1])
-            _draw_lines(panel, later, keys)
-            panel.set(title="" if i else "closer", xlabel="epoch" if keys == groups[-1] else "")
-        figure.align_ylabels(figure.axes[1:])
-
-
-def _draw_lines(axes, rows, keys):
+    """Draw the metrics of LINES by epoch; epoch 0 is the victim."""
     epochs = [row["epoch"] for row in rows]
-    for key in keys:
-        colour, line = LINES[key]
-        values = [row[key] for row in rows]
-        axes.plot(epochs, values, line, color=colour, label=METRICS[key][0], markersize=4.5, clip_on=False)
-    axes.set(ylabel="percent")
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    with new_picture(path, 5, 3.4) as figure:
+        axes = figure.add_subplot()
+        for key, (colour, line) in LINES.items():
+            values = [row[key] for row in rows]
+            axes.plot(epochs, values, line, color=colour, label=METRICS[key][0], markersize=4.5, clip_on=False)
+        axes.set(ylim=(-3, 103), ylabel="percent", xlabel="epoch (0: the victim)" if epochs[0] == 0 else "epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        figure.legend(loc="outside upper center", ncols=len(LINES))
 
 
 def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], target: int | None) -> None:
