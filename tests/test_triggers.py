@@ -9,6 +9,7 @@ from torch import nn
 from attacks import TRIGGERS
 from attacks.blended import blend_picture, random_mask
 from attacks.label_consistent import adversarial_noise
+from attacks.triggers import center_trigger, four_corner_trigger, grid_trigger, patch_trigger, square_trigger
 from attacks.trojan import trojan_patch
 from attacks.wanet import wanet_noise, warping_grid
 from utils.errors import UserError
@@ -129,3 +130,20 @@ def test_adversarial_noise_raises_the_loss_within_its_bound(images):
         nn.functional.cross_entropy(TinyModel()(x.permute(0, 3, 1, 2) / 255), labels) for x in (images, noisy)
     )
     assert after > before
+
+
+@pytest.mark.parametrize(
+    ("trigger", "options", "height", "width"),
+    [
+        (grid_trigger, {}, 3, 3),
+        (square_trigger, {"trig_h": 2, "trig_w": 4}, 3, 5),
+        (four_corner_trigger, {}, 6, 6),
+        (center_trigger, {}, 9, 9),
+        (patch_trigger, {"patch": torch.full((2, 4, 3), 9, dtype=torch.uint8)}, 3, 5),
+    ],
+)
+def test_a_trigger_fits_its_own_size_and_no_smaller_one(trigger, options, height, width):
+    assert trigger(torch.full((1, height, width, 3), 77, dtype=torch.uint8), **options).shape == (1, height, width, 3)
+    for size in ((height - 1, width), (height, width - 1)):
+        with pytest.raises(UserError, match=f"needs {height}x{width} pixels, but the images have {size[0]}x{size[1]}"):
+            trigger(torch.zeros(1, *size, 3, dtype=torch.uint8), **options)
