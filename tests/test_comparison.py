@@ -13,7 +13,7 @@ BEFORE = {"acc": 82.0, "acc_published": 83.0, "asr": 99.0, "ra": 1.0, "floor": 2
 
 
 def make_row(victim, defense, after, seconds=10.0):
-    metrics = {"before": BEFORE, "after": after, "seed": 1, "detected_label": 5}
+    metrics = {"before": BEFORE, "after": after, "seed": 1, "detected_label": 5, "purified": None}
     metrics["seconds"] = {"data": 100.0, "evaluate": 50.0, "purify": seconds, "detect": 2.5, "total": 999.0}
     return comparison_row(victim, defense, metrics)
 
@@ -129,5 +129,12 @@ def test_asr_after_retuning_is_a_column_of_its_own():
     assert (header[-1], [row[-1] for row in cells]) == ("ASR re-tuned, 50", ["", "<3.00>", "99.00"])
     tables = comparison_tables([*rows, {**rows[0], "victim": "two"}], str)
     assert tables[-1][:2] == ("ASR re-tuned, 50", ["victim", "mcl", "nad"])
-    metrics = {"before": BEFORE, "after": None, "seed": 1, "detected_label": 5, "seconds": {}}
+    metrics = {"before": BEFORE, "after": None, "seed": 1, "detected_label": 5, "purified": None, "seconds": {}}
     assert comparison_row("one", "mcl", {**metrics, "retuned": {"50": {"asr": 4.0}}})["retuned_50"] == 4.0
+
+
+def test_a_defense_whose_inverted_trigger_still_works_is_never_best():
+    rows = [make_row("one", "mcl", make_metrics(86.0, 1.5)) | {"purified": False}, ROWS[1]]
+    ((_, _, table),) = comparison_tables(rows, "**{}**".format)
+    assert not any("**" in cell for cell in table[1])
+    assert any("**" in cell for cell in table[2])

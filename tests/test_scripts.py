@@ -30,7 +30,7 @@ STATED_OPTIONS = {
     "trig_h": 5,
     "target_label": 5,
 }
-DEFENSE = ("--dataset", "shapes", "--device", "cpu", "--ratio", 0.1)
+DEFENSE = ("--dataset", "shapes", "--device", "cpu", "--ratio", 0.128)
 
 
 @pytest.fixture(scope="session")
@@ -170,7 +170,7 @@ def test_a_clean_model_is_left_unchanged(script, folder, clean):
 
 def test_a_comparison_runs_every_defense(script, folder, victim):
     words = (*DEFENSE, *output_options(folder), "--model", victim, "--defense", "all", "--name", "table", "--target", 5)
-    words += ("--epochs", 1, "--finetune_epochs", 1, "--inversion_rounds", 1, "--print_freq", 0, "--ratio", 0.05)
+    words += ("--epochs", 1, "--finetune_epochs", 1, "--inversion_rounds", 1, "--print_freq", 0)
     done = script("main.py", *words)
     assert done.returncode == 0, done.stderr
     assert [row["defense"] for row in without_seconds(folder, "table")] == list(DEFENSE_FUNCTIONS)

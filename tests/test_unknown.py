@@ -10,7 +10,7 @@ from attacks import UnknownAttack
 from data_loader import get_eval_set
 from utils.metrics import evaluate
 
-DEFENSE = ("--dataset", "shapes", "--device", "cpu", "--ratio", 0.02, "--print_freq", 0)
+DEFENSE = ("--dataset", "shapes", "--device", "cpu", "--ratio", 0.128, "--print_freq", 0)
 QUICK = ("--target", 5, "--inversion_rounds", 1, "--finetune_epochs", 1, "--epochs", 1)
 
 

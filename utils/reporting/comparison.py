@@ -21,7 +21,7 @@ def comparison_row(victim: str, defense: str, metrics: dict) -> dict:
     row = {"victim": victim, "defense": defense, "changed": after is not None}
     row |= {key: (after or before)[key] for key in METRICS}
     row["seconds"] = sum(metrics["seconds"].get(stage, 0.0) for stage in DEFENSE_STAGES)
-    row |= {"seed": metrics["seed"], "detected_label": metrics["detected_label"]}
+    row |= {name: metrics[name] for name in ("seed", "detected_label", "purified")}
     row |= {f"before_{key}": before[key] for key in METRICS}
     return row | {f"retuned_{count}": values["asr"] for count, values in (metrics.get("retuned") or {}).items()}
 
@@ -88,7 +88,7 @@ def _by_victim(rows):
 
 
 def _removed_backdoor(row):
-    return row["changed"] and is_backdoored(row) is False
+    return row["changed"] and row["purified"] is not False and is_backdoored(row) is False
 
 
 def _notes(rows):
