@@ -7,6 +7,7 @@ Normalization is the model's first step.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from attacks import Attack
 from attacks.retune import BATCH_SIZE as RETUNE_BATCH
@@ -23,19 +24,30 @@ EVAL_BATCH = 125
 
 
 class DatasetCL(TensorImages):
-    """The defender's clean split: a random fraction `ratio` of the images; `index` (n,) holds their positions.
+    """The defender's clean split, a random part of the images; `index` (n,) holds their positions.
+
+    Args:
+        ratio: the fraction of the images to draw.
+        count: the number of images to draw in its place, equally many of each class as far as that is possible.
 
     Raises:
-        UserError: ratio is not in (0, 1], or selects no image.
+        UserError: ratio is not in (0, 1] or selects no image, or there are fewer than `count` images.
     """
 
-    def __init__(self, images, labels, ratio: float, rng: torch.Generator):
+    def __init__(self, images, labels, ratio: float, rng: torch.Generator, count: int | None = None):
         if not 0 < ratio <= 1:
             raise UserError(f"--ratio must be above 0 and up to 1, not {ratio}")
-        count = int(ratio * len(labels))
-        if count == 0:
-            raise UserError(f"--ratio {ratio} of {len(labels)} images selects none; raise it")
-        self.index = torch.randperm(len(labels), generator=rng)[:count]
+        order = torch.randperm(len(labels), generator=rng)
+        if count is None:
+            count = int(ratio * len(labels))
+            if count == 0:
+                raise UserError(f"--ratio {ratio} of {len(labels)} images selects none; raise it")
+        elif count > len(labels):
+            raise UserError(f"--clean {count} needs more images than the {len(labels)} of the training set; lower it")
+        else:  # the first of each class, then the second of each class, ...
+            one_hot = F.one_hot(labels[order])
+            order = order[(one_hot.cumsum(0) * one_hot).sum(1).argsort(stable=True)]
+        self.index = order[:count]
         super().__init__(images[self.index], labels[self.index])
 
 
@@ -138,7 +150,7 @@ def get_backdoor_loader(
 
 def get_clean_split(opt, train_set: ImageSet, attack: Attack, device) -> CleanSplit:
     """Draw the defender's clean split and make its batches."""
-    split = DatasetCL(train_set.images, train_set.labels, opt.ratio, generator(opt.seed, "split"))
+    split = _clean_images(opt, train_set)
     unused = _positions_outside(split, len(train_set.labels))
     index = unused if len(unused) else split.index
     index = index[evenly_spaced(len(index), MONITOR_IMAGES)]
@@ -157,7 +169,7 @@ def get_retuning_batches(opt, train_set: ImageSet, attack: Attack, device) -> di
     Raises:
         UserError: too few images.
     """
-    split = DatasetCL(train_set.images, train_set.labels, opt.ratio, generator(opt.seed, "split"))
+    split = _clean_images(opt, train_set)
     unused, batches = _positions_outside(split, len(train_set.labels)), {count: [] for count in opt.retune}
     for draw in range(DRAWS):
         order = unused[torch.randperm(len(unused), generator=generator(opt.seed, f"retune {draw}"))]
@@ -189,6 +201,10 @@ def get_eval_set(images, labels, attack: Attack, device, limit: int | None = Non
         images, labels = images[index], labels[index]
     clean, triggered = TensorImages(images, labels), DatasetBD(images, labels, attack, "test")
     return EvalSet(Batches(clean, EVAL_BATCH, device), Batches(triggered, EVAL_BATCH, device), labels)
+
+
+def _clean_images(opt, train_set):
+    return DatasetCL(train_set.images, train_set.labels, opt.ratio, generator(opt.seed, "split"), opt.clean)
 
 
 def _positions_outside(split, total):

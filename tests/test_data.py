@@ -111,6 +111,20 @@ def test_a_ratio_outside_0_to_1_or_without_images_is_refused(images, ratio):
         DatasetCL(images, torch.arange(8), ratio, generator(1, "split"))
 
 
+@pytest.mark.parametrize(("count", "least"), [(3, 1), (4, 1), (20, 6), (60, 10)])
+def test_a_number_of_clean_images_is_balanced(count, least):
+    labels = torch.arange(60).clamp(max=11) % 3  # 10, 10 and 40 images
+    labels[:30] = torch.arange(30) % 3
+    split = DatasetCL(torch.zeros(60, 2, 2, 3), labels, 0.05, generator(1, "split"), count)
+    counts = labels[split.index].bincount(minlength=3)
+    assert len(set(split.index.tolist())) == len(split) == count
+    assert counts.min() == least
+    other = DatasetCL(torch.zeros(60, 2, 2, 3), labels, 0.05, generator(2, "split"), count)
+    assert not torch.equal(split.index, other.index)
+    with pytest.raises(UserError, match="--clean 61 needs more images than the 60"):
+        DatasetCL(torch.zeros(60, 2, 2, 3), labels, 0.05, generator(1, "split"), 61)
+
+
 def test_the_monitor_set_covers_a_data_set_that_is_sorted_by_class():
     images, labels = torch.zeros(5000, 8, 8, 3, dtype=torch.uint8), torch.arange(5000) // 500
     train, attack = ImageSet(images, labels, list("0123456789")), Attack("gridTrigger", "all2one", 0, 10, 0.1)

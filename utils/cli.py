@@ -129,7 +129,7 @@ OPTION_CONDITIONS = {
         "a training, and --print_freq from 1 to --epochs",
         lambda opt: _DEFENDS[1](opt) and 0 < opt.print_freq <= (opt.epochs or math.inf),
     ),
-    **dict.fromkeys(("ratio", "precision", "print_freq"), _DEFENDS),
+    **dict.fromkeys(("ratio", "clean", "precision", "print_freq"), _DEFENDS),
     **dict.fromkeys(("train_delta", "epsilon", "noise_ratio"), _POISONS),
 }
 
