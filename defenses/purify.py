@@ -9,7 +9,15 @@ from torch import nn
 import config
 from defenses import fst, ft, ftsam, ibau, mcl, nad, nc, pam
 from defenses.base import DefenseContext, DefenseResult
-from defenses.inversion import ANY_OTHER, HIT_RATE, InvertedTrigger, LabelScore, choose_label, search_target
+from defenses.inversion import (
+    ANY_OTHER,
+    HIT_RATE,
+    InvertedTrigger,
+    LabelScore,
+    choose_label,
+    invert_suspects,
+    search_target,
+)
 from models.selector import Classifier
 from utils.batches import Batches, TensorImages, defender_batches
 from utils.device import pick_device
@@ -108,6 +116,8 @@ def purify(
 def find_target(victim, batches, num_class, device, seed, force, precision="fp32"):
     """Search for the target label: the label or None, the scores, and the reason in a sentence."""
     scores = search_target(victim, batches, num_class, device, generator(seed, "search"), precision=precision)
+    if not any(score.flagged for score in scores):
+        scores = invert_suspects(victim, batches, scores, device, generator(seed, "suspects"), precision)
     label, reason = choose_label(scores, force)
     return label, scores, reason
 

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from conftest import FixedBatches, RecordingForm
 
-from defenses.inversion import ANY_OTHER, choose_label, search_target, target_search
+from defenses.inversion import (
+    ANY_OTHER,
+    InvertedTrigger,
+    choose_label,
+    invert_suspects,
+    search_target,
+    target_search,
+)
 from defenses.inversion.patterns import PixelForm, WarpForm
 from defenses.inversion.target_search import LabelScore, _score, anomaly_indices, search_form
 
@@ -32,7 +39,7 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
     assert not dataclasses.replace(SMALL, **change).flagged
     assert SMALL.metadata() == {
         "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0,
-        "of_median": 0.3, "of_range": 1.0, "flagged": True,
+        "of_median": 0.3, "of_range": 1.0, "inverted_area": None, "flagged": True,
     }  # fmt: skip
 
 
@@ -189,3 +196,39 @@ def test_a_collapsed_pattern_returns_to_where_it_last_worked():
     parameters = [of_labels[0] for of_labels in scripted_search(1.0, 0.5, 0.0, 0.0).parameters]
     assert not torch.equal(parameters[1], parameters[2])
     assert torch.equal(parameters[1], parameters[3])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "flagged", "inverted"), [((1, 1), [2], [2]), ((9, 1), [0], [2, 0]), ((9, 9), [], [2, 0])]
+)
+def test_suspects_are_inverted_in_full_before_none_is_found(batches, monkeypatch, pixels, flagged, inverted):
+    scores = [
+        LabelScore(label, form, 50.0, 0.95, index, 0.7, 0.3)
+        for form, indices in (("pixels", (-1.0, 0.5, -1.5, 0.3, -3.0)), ("warp", (-4.0,)))
+        for label, index in zip((0, 1, 2, 3, ANY_OTHER), indices, strict=False)
+    ]
+    monkeypatch.setattr(target_search, "MAX_SUSPECT_AREA", 5 / 64)
+    calls, counts = [], iter(pixels)
+
+    def invert(victim, batches, label, *_):
+        calls.append(label)
+        pattern = torch.zeros(3, 8, 8)
+        pattern.view(3, -1)[:, : next(counts)] = 1
+        return InvertedTrigger(pattern, 1.0)
+
+    monkeypatch.setattr(target_search, "invert_trigger", invert)
+    result = invert_suspects(None, FixedBatches(batches), scores, CPU, None)
+    assert calls == inverted
+    assert [score.label for score in result if score.flagged] == flagged
+    assert [score.label for score in result] == [score.label for score in scores]
+    label, reason = choose_label(result, force=False)
+    assert label == (flagged[0] if flagged else None)
+    assert ("inverted in full, change 14.1% of the pixels" in reason) is not bool(flagged)
+
+
+def test_a_suspect_without_a_pattern_that_works_is_no_backdoor(batches, monkeypatch):
+    monkeypatch.setattr(target_search, "invert_trigger", lambda *_: None)
+    scores = [LabelScore(label, "pixels", 50.0, 0.95, -1.0, 0.7, 0.3) for label in range(3)]
+    result = invert_suspects(None, FixedBatches(batches), scores, CPU, None)
+    assert [score.inverted_area for score in result] == [1.0, 1.0, None]
+    assert not any(score.flagged for score in result)

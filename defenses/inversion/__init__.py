@@ -3,7 +3,7 @@
 from defenses.inversion.invert import find_trigger, shifted_patterns
 from defenses.inversion.objective import ANY_OTHER, HIT_RATE, label_name
 from defenses.inversion.patterns import PatternApplier, apply_patterns
-from defenses.inversion.target_search import LabelScore, choose_label, search_target
+from defenses.inversion.target_search import LabelScore, choose_label, invert_suspects, search_target
 from defenses.inversion.trigger import InvertedTrigger
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "apply_patterns",
     "choose_label",
     "find_trigger",
+    "invert_suspects",
     "label_name",
     "search_target",
     "shifted_patterns",

@@ -6,10 +6,12 @@ are inverted for all labels together, in few steps on few images: pixels, and if
 """
 
 import itertools
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from defenses.inversion.invert import invert_trigger
 from defenses.inversion.objective import ANY_OTHER, HIT_RATE, PenaltyWeight, endless, hits_and_losses, label_name
 from defenses.inversion.patterns import PixelForm, WarpForm
 from utils.device import autocast
@@ -22,6 +24,10 @@ TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate ar
 # A label is flagged if its pattern works, its index is below MAX_INDEX, and its size is at most these fractions of the
 # median and of the full range. Without the latter two, clean models are flagged where all sizes are alike or large.
 MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, 0.02
+SUSPECTS, SUSPECT_BUDGET = 2, (5, 36, 3)  # labels inverted in full if none is flagged: rounds, steps, batches a step
+# A suspect is flagged up to this fraction of changed pixels: a backdoor that the search overlooks (ABL's victim) needs
+# 6 to 9 of 1,024, a clean model (the shipped one) 39.
+MAX_SUSPECT_AREA = 0.015
 MAD_TO_SD = 1.4826  # of a normal distribution
 # Patterns in one forward pass. On a CPU one keeps to the cache (ten took three times as long); many fill a GPU, but all
 # patterns of a model of many classes would not fit into its memory.
@@ -37,6 +43,7 @@ class LabelScore:
     hit_rate: fraction 0..1 of images of other labels that the pattern turns.
     index: anomaly index; negative below the median of all labels.
     of_median, of_range: size as a fraction of the median, and of the largest possible size.
+    inverted_area: fraction of the pixels that its full inversion changes; None if it was not inverted in full.
     """
 
     label: int
@@ -46,10 +53,16 @@ class LabelScore:
     index: float
     of_median: float
     of_range: float
+    inverted_area: float | None = None
 
     @property
     def flagged(self) -> bool:
-        """Whether a backdoor to this label is suspected: its pattern works and is far smaller than the others'."""
+        """Whether a backdoor to this label is suspected: its pattern works and is far smaller than the others'.
+
+        A label that was inverted in full is judged by that alone.
+        """
+        if self.inverted_area is not None:
+            return self.inverted_area <= MAX_SUSPECT_AREA
         is_small = self.index < MAX_INDEX and self.of_median <= MAX_OF_MEDIAN and self.of_range <= MAX_OF_RANGE
         return is_small and self.hit_rate >= HIT_RATE
 
@@ -89,6 +102,25 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
         if any(score.flagged for score in scores):
             break
     return scores
+
+
+def invert_suspects(victim, batches, scores, device, rng, precision="fp32") -> list[LabelScore]:
+    """Invert the labels that are most suspicious in full, before it is said that there is no backdoor.
+
+    The search is short, and a pattern that is merely smaller than the others may have been on its way to a few pixels.
+
+    Returns:
+        the scores, with the inverted_area of the SUSPECTS labels with the lowest anomaly index among pixel patterns.
+    """
+    by_index = sorted((score for score in scores if score.form == PixelForm.name), key=lambda score: score.index)
+    result, pixels = list(scores), math.prod(batches.image_shape[1:])
+    for score in [score for score in by_index if score.label != ANY_OTHER][:SUSPECTS]:
+        found = invert_trigger(victim, batches, score.label, device, rng, *SUSPECT_BUDGET, precision)
+        area = found.pixels / pixels if found else 1.0
+        result[result.index(score)] = replace(score, inverted_area=area)
+        if area <= MAX_SUSPECT_AREA:
+            break
+    return result
 
 
 def search_form(victim, batches, num_class, device, rng, form, steps, precision) -> list[LabelScore]:
@@ -168,8 +200,10 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
         return labels[0].label, f"a backdoor to label {flagged} is suspected{choice}"
     candidates = (score for score in scores if score.form == PixelForm.name and score.label != ANY_OTHER)
     lowest = min(candidates, key=lambda score: score.index).label
+    areas = [score.inverted_area for score in scores if score.inverted_area is not None]
+    checked = f", and the most suspicious, inverted in full, change {min(areas):.1%} of the pixels" if areas else ""
     action = f"--force: defending against {label_name(lowest)}" if force else "the model is left unchanged"
     return (
         lowest if force else None,
-        f"no backdoor was found: no label has a far smaller pattern than the others; {action}",
+        f"no backdoor was found: no label has a far smaller pattern than the others{checked}; {action}",
     )
