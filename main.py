@@ -175,7 +175,7 @@ def search_label(opt, victim, split, num_class, device, clock):
     if opt.target != "auto":
         return ANY_OTHER if opt.target == "any" else opt.target, None
     with clock("detect"):
-        settings = num_class, device, opt.seed, opt.force, opt.precision
+        settings = num_class, device, opt.seed, vars(opt), opt.precision
         target, scores, reason = find_target(victim, split.search, *settings)
     print(search_table([score.metadata() for score in scores]))
     print(reason)

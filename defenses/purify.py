@@ -101,7 +101,7 @@ def purify(
     scores = None
     target = recipe.get("target")
     if target == "auto":
-        target, scores, _ = find_target(victim, search, num_class, device, seed, recipe["force"])
+        target, scores, _ = find_target(victim, search, num_class, device, seed, recipe)
         if target is None:
             return PurifyResult(None, None, scores, None, None, [])
     target = ANY_OTHER if target == "any" else target
@@ -113,12 +113,17 @@ def purify(
     return PurifyResult(None if purified is False else student.network, target, scores, trigger, purified, history)
 
 
-def find_target(victim, batches, num_class, device, seed, force, precision="fp32"):
-    """Search for the target label: the label or None, the scores, and the reason in a sentence."""
+def find_target(victim, batches, num_class, device, seed, options: dict, precision="fp32"):
+    """Search for the target label: the label or None, the scores, and the reason in a sentence.
+
+    Args:
+        options: of the defense: "force" and the budget of the inversion.
+    """
     scores = search_target(victim, batches, num_class, device, generator(seed, "search"), precision=precision)
     if not any(score.flagged for score in scores):
-        scores = invert_suspects(victim, batches, scores, device, generator(seed, "suspects"), precision)
-    label, reason = choose_label(scores, force)
+        budget = (options[f"inversion_{name}"] for name in ("rounds", "steps", "batches"))
+        scores = invert_suspects(victim, batches, scores, device, generator(seed, "suspects"), *budget, precision)
+    label, reason = choose_label(scores, options["force"])
     return label, scores, reason
 
 

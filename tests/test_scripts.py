@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_numbers(script, folder, purified, victim):
 
 def test_a_clean_model_is_left_unchanged(script, folder, clean):
     words = (*DEFENSE, *output_options(folder), "--model", clean[-1], "--batch_size", 32)
-    done = script("main.py", *words, "--name", "left")
+    done = script("main.py", *words, "--inversion_rounds", 1, "--inversion_steps", 10, "--name", "left")
     assert done.returncode == 0, done.stderr
     assert "no backdoor was found" in done.stdout
     metrics = metrics_of(folder, "left")

@@ -24,7 +24,7 @@ TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate ar
 # A label is flagged if its pattern works, its index is below MAX_INDEX, and its size is at most these fractions of the
 # median and of the full range. Without the latter two, clean models are flagged where all sizes are alike or large.
 MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, 0.02
-SUSPECTS, SUSPECT_BUDGET = 2, (5, 36, 3)  # labels inverted in full if none is flagged: rounds, steps, batches a step
+SUSPECTS = 2  # labels inverted in full if none is flagged
 # A suspect is flagged up to this fraction of changed pixels: a backdoor that the search overlooks (ABL's victim) needs
 # 6 to 9 of 1,024, a clean model (the shipped one) 39.
 MAX_SUSPECT_AREA = 0.015
@@ -104,10 +104,13 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     return scores
 
 
-def invert_suspects(victim, batches, scores, device, rng, precision="fp32") -> list[LabelScore]:
+def invert_suspects(victim, batches, scores, device, rng, *budget) -> list[LabelScore]:
     """Invert the labels that are most suspicious in full, before it is said that there is no backdoor.
 
     The search is short, and a pattern that is merely smaller than the others may have been on its way to a few pixels.
+
+    Args:
+        budget: rounds, steps, batches a step and precision, as for invert_trigger.
 
     Returns:
         the scores, with the inverted_area of the SUSPECTS labels with the lowest anomaly index among pixel patterns.
@@ -115,7 +118,7 @@ def invert_suspects(victim, batches, scores, device, rng, precision="fp32") -> l
     by_index = sorted((score for score in scores if score.form == PixelForm.name), key=lambda score: score.index)
     result, pixels = list(scores), math.prod(batches.image_shape[1:])
     for score in [score for score in by_index if score.label != ANY_OTHER][:SUSPECTS]:
-        found = invert_trigger(victim, batches, score.label, device, rng, *SUSPECT_BUDGET, precision)
+        found = invert_trigger(victim, batches, score.label, device, rng, *budget)
         area = found.pixels / pixels if found else 1.0
         result[result.index(score)] = replace(score, inverted_area=area)
         if area <= MAX_SUSPECT_AREA:
