@@ -210,7 +210,7 @@ def test_the_published_recipe_is_reachable(script, folder, victim):
         (("--model", "nowhere.tar"), 2, "no checkpoint at nowhere.tar"),
         (("--target_label", 3), 2, "states its attack"),
         (("--target", 10), 2, "--target 10 is not one of the labels 0..9"),
-        (("--batch_size", 5000), 2, "fewer than one batch of 5000"),
+        (("--clean", 20_000), 2, "--clean 20000 needs more images than the 10000"),
         (("--num_class", 3), 2, "--num_class 3 is too small"),
         (
             ("--target", 5, "--inversion_steps", 1, "--inversion_batches", 1),
