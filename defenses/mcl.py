@@ -1,7 +1,7 @@
 """Model-Contrastive Learning (MCL, arXiv 2205.04411): three models of one architecture, and one loss.
 
 The victim f_B is frozen. The clean-finetuned model f_F is the victim fine-tuned on the clean split, then frozen. The
-student f_S starts as the victim. g(.) is the pooled feature before the last linear layer. For each clean image x and
+student f_S starts as the victim. g(.) is the input of the last linear layer. For each clean image x and
 its triggered version x', which carries the inverted trigger, the student's feature g_S(x') is pulled towards the clean
 feature g_F(x) and pushed away from the backdoored feature g_B(x').
 

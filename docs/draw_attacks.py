@@ -36,6 +36,8 @@ def main():
             rows[trigger] = (images, apply_attack(opt, data, images))
         except UserError as error:
             print(f"{trigger} is left out: {error}")
+    if not rows:
+        raise UserError("no attack can be drawn; see the messages above")
     draw_sheet(sys.argv[1], rows)
     print(f"{len(rows)} attacks: {sys.argv[1]}")
 
