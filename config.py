@@ -72,6 +72,7 @@ DEFENSES = {
         "finetune_epochs": 3,
         "finetune_lr": 0.003,
         # the student
+        "rounds": 3,  # students at most, if one still answers to a small pattern; published: 1
         "epochs": 5,  # published: 20
         "batch_size": 64,
         "lr": 0.3,  # peak of the schedule for 2,500 clean images or more; published: 0.1
@@ -224,6 +225,7 @@ def _add_defense(parser):
     add_own("positive", "model of the positive feature z+", choices=["finetuned", "backdoored"])
     add_own("finetune_epochs", "epochs of the fine-tuning stage", type=cli.positive)
     add_own("finetune_lr", "peak learning rate of the fine-tuning stage", type=cli.above_zero)
+    add_own("rounds", "students at most, each with the patterns that the last one still answers to", type=cli.positive)
     add_own("epochs", "epochs over the clean split", type=cli.positive)
     add_own("batch_size", "clean images a step", type=cli.positive)
     add_own("lr", "peak learning rate", type=cli.above_zero)

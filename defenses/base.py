@@ -1,13 +1,20 @@
 """What every defense is given, and what it returns."""
 
+import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from defenses.inversion import InvertedTrigger, find_trigger, shifted_patterns
+from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger, shifted_patterns
 from utils.progress import Stopwatch
+from utils.seed import generator
+
+REMAINING_ROUNDS = 2  # of the inversion of a student
+# Fraction of the pixels up to which a pattern of a student is taken for a rest of the backdoor.
+MAX_REMAINING = 0.05
 
 
 class DefenseContext(NamedTuple):
@@ -44,14 +51,29 @@ class DefenseContext(NamedTuple):
         with self.clock("inversion"):
             return find_trigger(self.victim, self.plain_batches, self.target, self.device, self.seed, *budget)
 
-    def training_patterns(self, trigger: InvertedTrigger) -> torch.Tensor:
-        """The patterns to purify with, (V, C, H, W): shifted as the augmentation shifts images, if the victim responds.
+    def remaining_trigger(self, student, steps: int, batches_per_step: int, precision: str) -> InvertedTrigger | None:
+        """A pattern of few pixels that the student still answers to with the target label, or None."""
+        rng, pixels = generator(self.seed, "remaining"), math.prod(self.plain_batches.image_shape[1:])
+        budget = REMAINING_ROUNDS, steps, batches_per_step, precision
+        with self.clock("inversion"):
+            frozen = copy.deepcopy(student).requires_grad_(False)
+            found = invert_trigger(frozen, self.plain_batches, self.target, self.device, rng, *budget)
+        if found is None or found.pixels > MAX_REMAINING * pixels:
+            return None
+        print(f"the student still answers to a pattern: {found.describe()}, hit rate {found.hit_rate:.1%}")
+        return found
+
+    def training_patterns(self, trigger: InvertedTrigger, model: nn.Module | None = None) -> torch.Tensor:
+        """The patterns to purify with, (V, C, H, W): shifted as the augmentation shifts images, if the model responds.
 
         Waves are not shifted: their other phases are among them.
+
+        Args:
+            model: that the trigger was inverted from; None: the victim.
         """
         if trigger.others is not None or not self.augmented:
             return trigger.patterns
-        return shifted_patterns(self.victim, trigger, self.plain_batches, self.target)
+        return shifted_patterns(model or self.victim, trigger, self.plain_batches, self.target)
 
 
 class DefenseResult(NamedTuple):

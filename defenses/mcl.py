@@ -16,15 +16,20 @@ Additions to the paper, each with an option that turns it off:
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from defenses.base import DefenseResult
 from defenses.inversion import PatternApplier
-from utils.training import train
+from utils.training import sgd_step, train
 
 FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the full rate
+# Least mean cosine of the features of an image and its mirror image at which the two are averaged: pooled features
+# have 0.93 or more, features that keep their place in the image 0.35 to 0.6, and their average is neither's.
+MIRROR_SIMILARITY = 0.8
+MAX_GRADIENT = 0.05  # of the student, in norms of its weights: without batch normalisation it would start at 0.4
 
 
 def defend(
@@ -40,11 +45,15 @@ def defend(
     temperature,
     align_weight,
     calibration,
+    rounds,
     epochs,
     lr,
     **sgd,
 ) -> DefenseResult:
     """The paper's steps: the clean-finetuned model, the inverted trigger, the student.
+
+    One small pattern is not always the whole trigger. So the student is inverted as the victim was: if it answers to
+    another small pattern, a new student is made from the victim, with all patterns found.
 
     Args:
         context: a defenses.base.DefenseContext.
@@ -54,12 +63,13 @@ def defend(
         contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
             leaves the alignment alone.
         calibration: "bias" fits the biases of the last layer to the labels, "none" leaves them.
+        rounds: students at most; with 1, the student is not inverted.
         sgd: arguments of utils.training.train that fine-tuning and purification share.
 
     Raises:
         RunError: no pattern turns the clean images into the target label.
     """
-    positive_model = context.victim
+    positive_model, mirror = context.victim, context.augmented and context.mirrored
     if positive == "finetuned":
         with context.clock("finetune"):
             schedule = {"epochs": finetune_epochs, "lr": finetune_lr, **sgd}
@@ -67,30 +77,37 @@ def defend(
                 context.victim,
                 context.train_batches,
                 context.device,
-                mirror=context.augmented and context.mirrored,
+                mirror=mirror,
                 **schedule,
             )
-    trigger = context.invert(inversion_rounds, inversion_steps, inversion_batches, sgd["precision"])
+    mirror_features = mirror and mirror_similarity(context.victim, context.plain_batches) >= MIRROR_SIMILARITY
+    budget = inversion_steps, inversion_batches, sgd["precision"]
+    trigger = context.invert(inversion_rounds, *budget)
     patterns = context.training_patterns(trigger)
-    with context.clock("purify"):
-        student, history = purify(
-            context.victim,
-            positive_model,
-            patterns,
-            context.train_batches,
-            context.device,
-            temperature=temperature,
-            align_weight=align_weight,
-            mirror=context.augmented and context.mirrored,
-            target=context.target if contrast == "others" else None,
-            contrast=contrast != "none",
-            epochs=epochs,
-            lr=lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 3),
-            monitor=context.monitor,
-            **sgd,
-        )
-        if calibration == "bias":
-            calibrate(student, patterns, context.plain_batches, context.target)
+    for number in range(rounds):
+        with context.clock("purify"):
+            student, history = purify(
+                context.victim,
+                positive_model,
+                patterns,
+                context.train_batches,
+                context.device,
+                temperature=temperature,
+                align_weight=align_weight,
+                mirror=mirror_features,
+                target=context.target if contrast == "others" else None,
+                contrast=contrast != "none",
+                epochs=epochs,
+                lr=lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 3),
+                monitor=context.monitor,
+                **sgd,
+            )
+            if calibration == "bias":
+                calibrate(student, patterns, context.plain_batches, context.target)
+        remaining = context.remaining_trigger(student, *budget) if number + 1 < rounds else None
+        if remaining is None:
+            break
+        patterns = torch.cat([patterns, context.training_patterns(remaining, student)])
     return DefenseResult(student, history, trigger)
 
 
@@ -120,6 +137,13 @@ def mirrored_mean(function, images, mirror: bool) -> torch.Tensor:
     return (function(images) + function(images.flip(3))) / 2 if mirror else function(images)
 
 
+def mirror_similarity(model, batches) -> float:
+    """Mean cosine of the features of an image and its mirror image, over the clean (images, labels) batches."""
+    with torch.no_grad():
+        pairs = [(model.features(images), model.features(images.flip(3))) for images, _ in batches]
+        return torch.cat([F.cosine_similarity(*pair) for pair in pairs]).mean().item()
+
+
 def clean_finetune(victim, batches, device, *, mirror, **training):
     """Make f_F: the victim fine-tuned on the clean split, frozen.
 
@@ -140,7 +164,7 @@ def clean_finetune(victim, batches, device, *, mirror, **training):
         logits = model(images)
         return F.cross_entropy(logits, labels) + F.cross_entropy(logits, soft_labels)
 
-    train(model, batches, loss_of, device, title="finetune", **training)
+    train(model, batches, loss_of, device, title="finetune", dropout=False, **training)
     return model.eval().requires_grad_(False)
 
 
@@ -184,7 +208,8 @@ def purify(
         losses = contrastive_loss(z, z_positive, z_negative, temperature)
         return (losses * mask).sum() / mask.sum().clamp(min=1) + alignment
 
-    history = train(student, batches, loss_of, device, title="purify", **training)
+    update = partial(sgd_step, max_gradient=MAX_GRADIENT)
+    history = train(student, batches, loss_of, device, title="purify", update=update, dropout=False, **training)
     return student.eval(), history
 
 

@@ -18,7 +18,7 @@ SGD = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "schedule"
 FINETUNING = {"finetune_epochs": 1, "finetune_lr": 0.01}
 INVERSION = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}
 CONTRAST = {"positive": "finetuned", "contrast": "others", "temperature": 0.5, "align_weight": 1.0, "ema": 0.5}
-CONTRAST |= {"calibration": "bias"}
+CONTRAST |= {"calibration": "bias", "rounds": 1}
 RECIPES = {
     "mcl": SGD | FINETUNING | INVERSION | CONTRAST,
     "ft": SGD,

@@ -21,7 +21,14 @@ ONE_STEP = {**TRAINING, "epochs": 1, "momentum": 0.0}
 INVERSION = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}
 FINETUNING = {"positive": "finetuned", "finetune_epochs": 1, "finetune_lr": 0.1}
 STUDENT = {"contrast": "others", "temperature": 0.5, "align_weight": 3.0, "ema": 0.5, "calibration": "none"}
+STUDENT["rounds"] = 1
 RECIPE = {**INVERSION, **FINETUNING, **STUDENT}
+
+
+@pytest.fixture(autouse=True)
+def no_clipping(monkeypatch):
+    """The steps by hand are whole ones; the gradients of the small networks here are large."""
+    monkeypatch.setattr(mcl, "MAX_GRADIENT", math.inf)
 
 
 def test_contrastive_loss_by_hand():
@@ -228,6 +235,73 @@ def test_the_rate_falls_with_the_cube_root_of_the_images(make_context, count, sh
     student = mcl.defend(context, **{**RECIPE, **TRAINING, "lr": 0.1}).student
     expected = mcl.defend(make_context(), **{**RECIPE, **TRAINING, "lr": 0.1 * share}).student
     assert torch.allclose(state_vector(student), state_vector(expected), atol=1e-6)
+
+
+def test_a_student_that_answers_to_another_pattern_is_made_anew_with_it_too(make_context, trigger, monkeypatch):
+    other = InvertedTrigger(0.5 * trigger.pattern.flip(1), 1.0)
+    rests, used, inverted = [other, other, None], [], []
+    monkeypatch.setattr("defenses.base.invert_trigger", lambda model, *_: inverted.append(model) or rests.pop(0))
+    monkeypatch.setattr("defenses.base.MAX_REMAINING", 1.0)
+    monkeypatch.setattr(mcl, "purify", lambda *args, **_: used.append(args[2]) or purify(*args, **_))
+    monkeypatch.setattr("defenses.base.shifted_patterns", lambda model, found, *_: found.pattern[None])
+    result = mcl.defend(make_context(), **{**RECIPE, **TRAINING, "rounds": 3})
+    expected = [trigger.pattern, other.pattern, other.pattern]
+    assert [len(patterns) for patterns in used] == [1, 2, 3]
+    assert torch.equal(used[2], torch.stack(expected))
+    assert len(inverted) == 2  # the last student is not inverted
+    assert not any(parameter.requires_grad for model in inverted for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in result.student.parameters())
+
+
+def test_a_large_pattern_of_the_student_is_no_rest_of_the_backdoor(make_context, victim, trigger, monkeypatch):
+    monkeypatch.setattr("defenses.base.invert_trigger", lambda *_: trigger)
+    monkeypatch.setattr("defenses.base.MAX_REMAINING", 4 / 64)
+    assert make_context().remaining_trigger(victim, 1, 1, "fp32") is trigger
+    monkeypatch.setattr("defenses.base.MAX_REMAINING", 3 / 64)
+    assert make_context().remaining_trigger(victim, 1, 1, "fp32") is None
+
+
+def test_the_students_gradient_is_clipped(victim, trigger, batches, monkeypatch):
+    monkeypatch.setattr(mcl, "MAX_GRADIENT", 1e-3)
+    student, _ = run_purify(victim, trigger, batches[:1], **ONE_STEP)
+    weights, before = dict(student.named_parameters()), dict(victim.named_parameters())
+    trained = [name for name in weights if not name.startswith("network.fc")]  # features do not depend on the head
+    moved = sum((weights[name] - before[name]).square().sum().item() for name in trained) ** 0.5
+    norm = sum(before[name].square().sum().item() for name in trained) ** 0.5
+    assert moved == pytest.approx(ONE_STEP["lr"] * 1e-3 * norm, rel=1e-2)
+
+
+@pytest.mark.parametrize(("similarity", "averaged"), [(0.81, True), (0.79, False)])
+def test_features_that_differ_in_the_mirror_are_not_averaged(make_context, similarity, averaged, monkeypatch):
+    used = []
+    monkeypatch.setattr(mcl, "mirror_similarity", lambda *_: similarity)
+    monkeypatch.setattr(
+        mcl, "purify", lambda *args, mirror, **_: used.append(mirror) or purify(*args, mirror=mirror, **_)
+    )
+    mcl.defend(make_context(augmented=True), **{**RECIPE, **TRAINING})
+    assert used == [averaged]
+
+
+def test_mirror_similarity_by_hand(victim, batches):
+    expected = [
+        F.cosine_similarity(victim.features(x)[i], victim.features(x.flip(3))[i], dim=0)
+        for x, _ in batches
+        for i in range(8)
+    ]
+    assert mcl.mirror_similarity(victim, batches) == pytest.approx(torch.stack(expected).mean().item())
+
+
+def test_dropout_is_off_in_fine_tuning_and_in_the_student(victim, trigger, batches):
+    head = victim.network.fc
+    victim.network.fc = torch.nn.Sequential(torch.nn.Dropout(0.5), head).eval()
+    victim.head_name = "fc.1"
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        positive = clean_finetune(victim, batches, CPU, mirror=False, **TRAINING)
+        results.append((positive, run_purify(victim, trigger, batches, positive)[0]))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(state_vector(first), state_vector(second))
 
 
 def test_the_inversion_uses_images_without_augmentation(make_context, victim, batches, trigger, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from utils.errors import RunError
 from utils.seed import generator
-from utils.training import SCHEDULES, train
+from utils.training import SCHEDULES, set_training_mode, sgd_step, train
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,15 @@ def test_a_step_is_the_rate_times_the_gradient():
     model = Scalar()
     run(model, [(torch.tensor(2.0), None)])
     assert model.weight.item() == pytest.approx(-0.1 * 2)
+
+
+@pytest.mark.parametrize(("max_gradient", "gradient"), [(0.5, 2.5), (2.0, 7.0)])
+def test_a_large_gradient_is_scaled_down_to_a_share_of_the_weights(max_gradient, gradient):
+    weights = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weights], lr=1.0)
+    loss = sgd_step(optimizer, lambda: 7 * weights[0], max_gradient)
+    assert loss.item() == 21
+    assert weights.tolist() == pytest.approx([3 - gradient, 4])
 
 
 def test_a_given_update_replaces_the_sgd_step():
@@ -124,3 +133,11 @@ def test_generators_depend_on_seed_and_purpose_alone():
     draws = [torch.rand(3, generator=generator(*key)).tolist() for key in ((1, "a"), (1, "a"), (1, "b"), (2, "a"))]
     assert draws[0] == draws[1]
     assert draws[0] != draws[2] != draws[3] != draws[0]
+
+
+def test_without_dropout_only_batch_normalisation_trains():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5), torch.nn.LayerNorm(2))
+    set_training_mode(model, dropout=True)
+    assert [module.training for module in model] == [True, True, True]
+    set_training_mode(model, dropout=False)
+    assert [module.training for module in model] == [True, False, False]

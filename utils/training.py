@@ -5,6 +5,8 @@ import time
 from functools import partial
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -25,11 +27,19 @@ SCHEDULES = {
 }
 
 
-def sgd_step(optimizer, loss_of) -> torch.Tensor:
-    """Take one optimizer step on loss_of(); returns the loss, detached."""
+def sgd_step(optimizer, loss_of, max_gradient: float = math.inf) -> torch.Tensor:
+    """Take one optimizer step on loss_of(); returns the loss, detached.
+
+    Args:
+        max_gradient: the gradient is scaled down to at most so many times the norm of the weights, which spares
+            networks without normalisation layers steps that they do not survive (after Brock et al., ICML 2021).
+    """
     loss = loss_of()
     optimizer.zero_grad()
     loss.backward()
+    if max_gradient < math.inf:
+        weights = [weight for weight in optimizer.param_groups[0]["params"] if weight.grad is not None]
+        clip_grad_norm_(weights, max_gradient * get_total_norm([weight.detach() for weight in weights]))
     optimizer.step()
     return loss.detach()
 
@@ -50,6 +60,7 @@ def train(
     monitor=None,
     update=sgd_step,
     ema=0.0,
+    dropout=True,
     generators=(),
     resume=None,
     save=None,
@@ -64,6 +75,7 @@ def train(
         update: (optimizer, () -> loss of the batch) -> that loss, detached; replaces the usual step.
         ema: decay per step of the exponential moving average of the weights that the model ends with; 0: its last
             weights.
+        dropout: without it, only batch normalisation is in training mode: nothing in the network is random.
         generators: the torch.Generators that `batches` and `loss_of` draw from, besides torch's global one.
         resume: a state passed to `save` earlier; the caller has loaded the model's weights. Training continues as if
             never interrupted, bit for bit on a CPU.
@@ -87,7 +99,7 @@ def train(
         bar.update(len(history) * len(batches))
         for epoch in range(len(history) + 1, epochs + 1):
             start, rate = time.perf_counter(), scheduler.get_last_lr()[0]
-            model.train()
+            set_training_mode(model, dropout)
             total = torch.zeros((), device=device)  # read once an epoch: each read stalls a GPU
             for images, labels in batches:
                 batch_loss = partial(_loss_under_autocast, device, precision, loss_of, images, labels)
@@ -104,6 +116,14 @@ def train(
     if average:
         model.load_state_dict(average.module.state_dict())
     return history
+
+
+def set_training_mode(model, dropout: bool) -> None:
+    """Put a model, or without dropout only its batch normalisation, into training mode."""
+    model.train(dropout)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
 
 
 def end_epoch(row, model, measured, epochs, title, monitor, bar) -> dict:

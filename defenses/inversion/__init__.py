@@ -1,6 +1,6 @@
 """What a trigger may be, how it is inverted from a model, and the search for the target label."""
 
-from defenses.inversion.invert import find_trigger, shifted_patterns
+from defenses.inversion.invert import find_trigger, invert_trigger, shifted_patterns
 from defenses.inversion.objective import ANY_OTHER, HIT_RATE, label_name
 from defenses.inversion.patterns import PatternApplier, apply_patterns
 from defenses.inversion.target_search import LabelScore, choose_label, invert_suspects, search_target
@@ -16,6 +16,7 @@ __all__ = [
     "choose_label",
     "find_trigger",
     "invert_suspects",
+    "invert_trigger",
     "label_name",
     "search_target",
     "shifted_patterns",
