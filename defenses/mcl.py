@@ -84,7 +84,7 @@ def defend(
     budget = inversion_steps, inversion_batches, sgd["precision"]
     trigger = context.invert(inversion_rounds, *budget)
     patterns = context.training_patterns(trigger)
-    for number in range(rounds):
+    for _ in range(rounds):
         with context.clock("purify"):
             student, history = purify(
                 context.victim,
@@ -104,10 +104,12 @@ def defend(
             )
             if calibration == "bias":
                 calibrate(student, patterns, context.plain_batches, context.target)
-        remaining = context.remaining_trigger(student, *budget) if number + 1 < rounds else None
+        remaining = context.remaining_trigger(student, *budget) if rounds > 1 else None
         if remaining is None:
             break
         patterns = torch.cat([patterns, context.training_patterns(remaining, student)])
+    else:
+        print(f"warning: after {rounds} rounds, such a pattern remains; the model may still be backdoored")
     return DefenseResult(student, history, trigger)
 
 

@@ -237,9 +237,10 @@ def test_the_rate_falls_with_the_cube_root_of_the_images(make_context, count, sh
     assert torch.allclose(state_vector(student), state_vector(expected), atol=1e-6)
 
 
-def test_a_student_that_answers_to_another_pattern_is_made_anew_with_it_too(make_context, trigger, monkeypatch):
+@pytest.mark.parametrize("remains", [False, True])
+def test_a_student_that_answers_to_another_pattern_is_made_anew(make_context, trigger, remains, monkeypatch, capsys):
     other = InvertedTrigger(0.5 * trigger.pattern.flip(1), 1.0)
-    rests, used, inverted = [other, other, None], [], []
+    rests, used, inverted = [other, other, other if remains else None], [], []
     monkeypatch.setattr("defenses.base.invert_trigger", lambda model, *_: inverted.append(model) or rests.pop(0))
     monkeypatch.setattr("defenses.base.MAX_REMAINING", 1.0)
     monkeypatch.setattr(mcl, "purify", lambda *args, **_: used.append(args[2]) or purify(*args, **_))
@@ -248,7 +249,8 @@ def test_a_student_that_answers_to_another_pattern_is_made_anew_with_it_too(make
     expected = [trigger.pattern, other.pattern, other.pattern]
     assert [len(patterns) for patterns in used] == [1, 2, 3]
     assert torch.equal(used[2], torch.stack(expected))
-    assert len(inverted) == 2  # the last student is not inverted
+    assert len(inverted) == 3
+    assert ("after 3 rounds, such a pattern remains" in capsys.readouterr().out) == remains
     assert not any(parameter.requires_grad for model in inverted for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in result.student.parameters())
 
