@@ -14,7 +14,7 @@ from utils.seed import generator
 
 REMAINING_ROUNDS = 2  # of the inversion of a student
 # Fraction of the pixels up to which a pattern of a student is taken for a rest of the backdoor.
-MAX_REMAINING = 0.08
+MAX_REMAINING = 0.05
 
 
 class DefenseContext(NamedTuple):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import config
 from defenses import fst, ft, ftsam, ibau, mcl, nad, nc, pam
@@ -38,6 +39,9 @@ DEFENSE_FUNCTIONS = {
 }
 # Options of a defense that are consumed before it starts: by the target search and by the batches.
 CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
+# Least momentum of batch normalisation: a defense has some hundred steps, and the statistics of MobileNets (0.01) would
+# follow over as many.
+MIN_MOMENTUM = 0.1
 MAX_HIT_RATE = 1 - HIT_RATE  # up to this fraction of turned images, an inverted trigger has lost its hold
 
 
@@ -130,6 +134,9 @@ def find_target(victim, batches, num_class, device, seed, options: dict, precisi
 def run_defense(name: str, context: DefenseContext, options: dict, precision: str = "fp32") -> DefenseResult:
     """Run a defense with the options of its recipe that are not consumed before it starts."""
     settings = {option: options[option] for option in config.DEFENSES[name] if option not in CONSUMED_OPTIONS}
+    for module in context.victim.modules():
+        if isinstance(module, _BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, MIN_MOMENTUM)
     return DEFENSE_FUNCTIONS[name](context, precision=precision, **settings)
 
 

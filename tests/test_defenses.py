@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_weights, sgd_step_by_hand, state_vector
 
+import config
 from defenses import DEFENSE_FUNCTIONS, fst, ft, ftsam, nad, nc, pam
 from defenses.inversion import PatternApplier
+from defenses.purify import run_defense
 from models import select_model
 from utils.seed import generator
 
@@ -278,3 +280,15 @@ def test_every_setting_changes_the_student(name, change, make_context):
 def test_monitored_metrics_are_in_the_history(name, make_context):
     result = run(name, make_context, monitor=lambda model, epoch: {"acc": float(epoch)})
     assert [row["acc"] for row in result.history] == [1.0, 2.0]
+
+
+def test_the_statistics_of_a_slow_batch_normalisation_follow_within_ten_steps(make_context, victim, batches):
+    layers = [module for module in victim.modules() if isinstance(module, torch.nn.BatchNorm2d)][:3]
+    for layer, momentum in zip(layers, (0.01, 0.3, None), strict=True):
+        layer.momentum = momentum
+    before = [layer.running_mean.clone() for layer in layers]
+    student = run_defense("ft", make_context(), {**config.DEFENSES["ft"], "epochs": 1}).student
+    assert [layer.momentum for layer in layers] == [0.1, 0.3, None]
+    assert [layer.running_mean.equal(mean) for layer, mean in zip(layers, before, strict=True)] == [True] * 3
+    trained = [module for module in student.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert trained[0].momentum == 0.1
