@@ -17,11 +17,11 @@ def printed(notebook):
 
 def test_the_notebook_finds_and_removes_the_backdoor():
     notebook = nbformat.read(ROOT / "docs" / "purify.ipynb", as_version=4)
-    shown = printed(notebook)
+    kept = printed(notebook)
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(ROOT / "docs")}}).execute()
     text = printed(notebook)
     for claim in ("target label: 5", "it no longer works: True"):
-        assert claim in shown
+        assert claim in kept
         assert claim in text
     before, after = (float(asr) for asr in re.findall(r"ASR +([\d.]+)%", text))
     assert before > 95
