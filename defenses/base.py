@@ -1,7 +1,6 @@
 """What every defense is given, and what it returns."""
 
 import copy
-import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -12,9 +11,8 @@ from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger, sh
 from utils.progress import Stopwatch
 from utils.seed import generator
 
-REMAINING_ROUNDS = 2  # of the inversion of a student
-# Fraction of the pixels up to which a pattern of a student is taken for a rest of the backdoor.
-MAX_REMAINING = 0.05
+REMAINING_ROUNDS = 2  # rounds of the inversion of a student
+MAX_REMAINING = 0.05  # fraction of the pixels up to which a pattern of the student is taken for a rest of the backdoor
 
 
 class DefenseContext(NamedTuple):
@@ -53,12 +51,11 @@ class DefenseContext(NamedTuple):
 
     def remaining_trigger(self, student, steps: int, batches_per_step: int, precision: str) -> InvertedTrigger | None:
         """A pattern of few pixels that the student still answers to with the target label, or None."""
-        rng, pixels = generator(self.seed, "remaining"), math.prod(self.plain_batches.image_shape[1:])
-        budget = REMAINING_ROUNDS, steps, batches_per_step, precision
+        rng, budget = generator(self.seed, "remaining"), (REMAINING_ROUNDS, steps, batches_per_step, precision)
         with self.clock("inversion"):
             frozen = copy.deepcopy(student).requires_grad_(False)
             found = invert_trigger(frozen, self.plain_batches, self.target, self.device, rng, *budget)
-        if found is None or found.pixels > MAX_REMAINING * pixels:
+        if found is None or found.pixels > MAX_REMAINING * found.pattern[0].numel():
             return None
         print(f"the student still answers to a pattern: {found.describe()}, hit rate {found.hit_rate:.1%}")
         return found

@@ -5,14 +5,17 @@ student f_S starts as the victim. g(.) is the input of the last linear layer. Fo
 its triggered version x', which carries the inverted trigger, the student's feature g_S(x') is pulled towards the clean
 feature g_F(x) and pushed away from the backdoored feature g_B(x').
 
-Additions to the paper, each with an option that turns it off:
+Additions to the paper; those with an option in brackets can be turned off:
 - clean images pass through the student too, and the features of x and x' are aligned with the positive, since the
   contrast alone pushes x' beyond it (align_weight);
-- the positive is averaged over the image and its mirror image, and the trigger is shifted and mirrored (augment);
+- the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
+  shifted and mirrored (augment);
 - images of the target class are left out of the contrast (contrast);
 - the student's weights are averaged over the last steps (ema);
 - the biases of the last layer are fitted to the labels at the end, since the push away from the backdoored feature
-  makes the student avoid the target label on clean images as well (calibration).
+  makes the student avoid the target label on clean images as well (calibration);
+- a student that still answers to a small pattern is made anew with that pattern, too (rounds);
+- the student's gradient is clipped, for networks without batch normalisation, and dropout is off.
 """
 
 import copy
@@ -29,7 +32,9 @@ FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the fu
 # Least mean cosine of the features of an image and its mirror image at which the two are averaged: pooled features
 # have 0.93 or more, features that keep their place in the image 0.35 to 0.6, and their average is neither's.
 MIRROR_SIMILARITY = 0.8
-MAX_GRADIENT = 0.05  # of the student, in norms of its weights: without batch normalisation it would start at 0.4
+# Largest norm of the student's gradient, relative to that of its weights: a WRN starts at 0.01 to 0.06, a network
+# without batch normalisation at 0.4.
+MAX_GRADIENT = 0.05
 
 
 def defend(
@@ -53,7 +58,8 @@ def defend(
     """The paper's steps: the clean-finetuned model, the inverted trigger, the student.
 
     One small pattern is not always the whole trigger. So the student is inverted as the victim was: if it answers to
-    another small pattern, a new student is made from the victim, with all patterns found.
+    another small pattern, a new student is made from the victim, with all patterns found. If the last one does so, too,
+    that pattern is the trigger of the result: the check that every defense ends with fails on it.
 
     Args:
         context: a defenses.base.DefenseContext.
@@ -108,9 +114,7 @@ def defend(
         if remaining is None:
             break
         patterns = torch.cat([patterns, context.training_patterns(remaining, student)])
-    else:
-        print(f"warning: after {rounds} rounds, such a pattern remains; the model may still be backdoored")
-    return DefenseResult(student, history, trigger)
+    return DefenseResult(student, history, remaining or trigger)
 
 
 def contrastive_loss(anchor, positive, negative, temperature: float) -> torch.Tensor:

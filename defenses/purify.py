@@ -39,8 +39,8 @@ DEFENSE_FUNCTIONS = {
 }
 # Options of a defense that are consumed before it starts: by the target search and by the batches.
 CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
-# Least momentum of batch normalisation: a defense has some hundred steps, and the statistics of MobileNets (0.01) would
-# follow over as many.
+# Least momentum of batch normalisation. A defense has some hundred steps: with the 0.01 of MobileNets, the statistics
+# would need all of them.
 MIN_MOMENTUM = 0.1
 MAX_HIT_RATE = 1 - HIT_RATE  # up to this fraction of turned images, an inverted trigger has lost its hold
 

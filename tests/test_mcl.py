@@ -21,8 +21,7 @@ ONE_STEP = {**TRAINING, "epochs": 1, "momentum": 0.0}
 INVERSION = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}
 FINETUNING = {"positive": "finetuned", "finetune_epochs": 1, "finetune_lr": 0.1}
 STUDENT = {"contrast": "others", "temperature": 0.5, "align_weight": 3.0, "ema": 0.5, "calibration": "none"}
-STUDENT["rounds"] = 1
-RECIPE = {**INVERSION, **FINETUNING, **STUDENT}
+RECIPE = {**INVERSION, **FINETUNING, **STUDENT, "rounds": 1}
 
 
 @pytest.fixture(autouse=True)

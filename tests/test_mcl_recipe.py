@@ -31,7 +31,8 @@ def test_a_student_that_answers_to_another_pattern_is_made_anew(make_context, tr
     assert torch.equal(used[2], torch.stack(expected))
     assert len(inverted) == 3
     assert len({id(model) for model in shifted[:3]}) == 3  # the victim, and the students that the patterns are from
-    assert ("after 3 rounds, such a pattern remains" in capsys.readouterr().out) == remains
+    assert result.trigger is (other if remains else trigger)
+    assert capsys.readouterr().out.count("the student still answers to a pattern") == len(inverted) - (not remains)
     assert not any(parameter.requires_grad for model in inverted for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in result.student.parameters())
 

@@ -114,8 +114,8 @@ def test_a_run_without_measurements_has_no_curves_and_says_so(folder, victim):
 
 
 def test_a_purification_that_fails_says_so_and_saves_no_weights(script, folder, victim):
-    words = "--target 5 --name failed --lr 1e-7 --inversion_rounds 1 --rounds 1 --epochs 1 --finetune_lr 1e-7"
-    done = script("main.py", *DEFENSE, *output_options(folder), "--model", victim, *words.split())
+    words = (*DEFENSE, *output_options(folder), "--model", victim, "--target", 5, "--name", "failed")
+    done = script("main.py", *words, "--lr", 1e-7, "--inversion_rounds", 1, "--epochs", 1, "--finetune_lr", 1e-7)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: the inverted trigger still works after the defense")
     metrics = metrics_of(folder, "failed")
