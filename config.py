@@ -216,6 +216,7 @@ def _add_defense(parser):
     add("--defense", choices=[*DEFENSES, "none", "all"], help="none: only measure; all: compare the defenses")
     add("--ratio", type=cli.fraction, help="size of the clean split, as a fraction of the training images")
     add("--clean", type=cli.positive, help="number of clean images, equally many of each class, in place of --ratio")
+    add("--seeds", type=cli.int64, nargs="+", metavar="SEED", help="repeat each run with these seeds: mean and spread")
     add("--resume", action="store_true", help="continue an interrupted comparison")
     add_own("target", "target label of the backdoor; auto: search; any: any label but an image's own", type=cli.target)
     add_own("force", "defend even where the search flags no label")

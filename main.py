@@ -5,6 +5,7 @@
     python main.py --model FILE                     purify a model of your own
     python main.py --model FILE --defense none      only measure it
     python main.py --defense all --model FILE ...   compare the defenses on one victim or several
+    torchrun --nproc_per_node=N main.py ...         the same, the runs of the comparison dealt out to N processes
 
 Searches for the target label; if no label is flagged, the model is left unchanged. Prints ACC and ASR before and after.
 Writes weight/<name>.tar and results/<name>/: metrics.json, history.csv, pictures, and report.html with all of them.
@@ -13,6 +14,7 @@ Writes weight/<name>.tar and results/<name>/: metrics.json, history.csv, picture
 import os
 import re
 from functools import partial
+from itertools import product
 
 import config
 from attacks import Attack, UnknownAttack, build_attack
@@ -26,8 +28,10 @@ from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
 from utils.cli import is_comparison
 from utils.datasets import MIRRORED
 from utils.device import keep_freed_memory, pick_device, pick_precision
+from utils.distributed import torchrun_processes
 from utils.errors import RunError, UserError, run_script
 from utils.files import check_writable, remove_file, sha256_of
+from utils.grid import deal_out
 from utils.metrics import evaluate, make_monitor
 from utils.progress import Stopwatch
 from utils.reporting.comparison import comparison_row, comparison_text, write_comparison
@@ -45,16 +49,18 @@ def main():
     opt, explicit = config.parse("main.py", description=__doc__)
     opt.precision = pick_precision(opt.precision, pick_device(opt.device))
     opt.model = opt.model or [find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-badnet")]
-    if not is_comparison(opt):
-        (path,) = opt.model
-        name = opt.name or f"{opt.dataset}-{file_stem(path)}-{opt.defense}"
-        if run(config.single_run_options(opt, model=path), explicit, name)["purified"] is False:
-            raise RunError("the inverted trigger still works after the defense; no weights were saved")
-        return
-    try:
-        compare(opt, explicit)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"finished runs are kept; continue with: {resume_command()}") from None
+    processes = torchrun_processes()
+    if is_comparison(opt):
+        try:
+            return compare(opt, explicit, processes)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"finished runs are kept; continue with: {resume_command()}") from None
+    if processes.count > 1:
+        raise UserError("several processes share the runs of a comparison, and this is one run; start it with python")
+    (path,), (seed,) = opt.model, opt.seeds or [opt.seed]
+    name = opt.name or f"{opt.dataset}-{file_stem(path)}-{opt.defense}"
+    if run(config.single_run_options(opt, model=path, seed=seed), explicit, name)["purified"] is False:
+        raise RunError("the inverted trigger still works after the defense; no weights were saved")
 
 
 def run(opt, explicit, name) -> dict:
@@ -109,34 +115,51 @@ def run(opt, explicit, name) -> dict:
     return metrics
 
 
-def compare(opt, explicit):
-    """Run every defense on every victim; with --resume, finished runs are not repeated."""
+def compare(opt, explicit, processes):
+    """Run every defense on every victim with every seed, and tabulate the results.
+
+    Finished runs are not repeated with --resume, or if several processes share the runs: each then reads the results of
+    the others, and the main process writes the tables.
+    """
     name = opt.name or f"{opt.dataset}-comparison"
-    defenses = list(DEFENSE_FUNCTIONS) if opt.defense == "all" else [opt.defense]
     checkpoints = {path: read_checkpoint(path) for path in opt.model}  # an unreadable file ends the run now, not later
-    victims, rows, failures = [file_stem(path) for path in opt.model], [], []
+    runs, rows, failures = planned_runs(opt, name), {}, []
+    for run_name in deal_out(os.path.join(opt.log_root, name), runs, processes.count):
+        victim, run_options = runs[run_name]
+        title = ", ".join([victim, run_options.defense, *([f"seed {run_options.seed}"] if opt.seeds else [])])
+        folder = os.path.join(opt.log_root, run_name)
+        try:
+            used = vars(options_as_used(run_options, explicit, checkpoints[run_options.model]))
+            may_be_finished = opt.resume or processes.count > 1
+            metrics = finished_run(folder, used, run_options.model) if may_be_finished else None
+            print(f"\n{title}{' (finished before)' if metrics else ''}")
+            metrics = metrics or run(run_options, explicit, run_name)
+            rows[run_name] = comparison_row(victim, run_options.defense, metrics)
+        except (RunError, UserError) as error:
+            if not (rows or failures) and isinstance(error, UserError):
+                raise
+            failures.append(f"{title}: {error}")
+            print(f"failed: {error}")
+        done = [rows[planned] for planned in runs if planned in rows]
+        if processes.is_main:
+            write_comparison(os.path.join(opt.log_root, name), done)
+    if rows:
+        print("", comparison_text(done), sep="\n")
+    if failures:
+        raise RunError(f"{len(failures)} of {len(runs)} runs failed; the first: {failures[0]}")
+
+
+def planned_runs(opt, name) -> dict:
+    """The runs of a comparison: name of the results folder -> name of the victim, options of the run."""
+    defenses = list(DEFENSE_FUNCTIONS) if opt.defense == "all" else [opt.defense]
+    victims, seeds, runs = [file_stem(path) for path in opt.model], opt.seeds or [opt.seed], {}
     if len(set(victims)) < len(victims):
         victims = [f"{number}-{victim}" for number, victim in enumerate(victims, 1)]
-    for victim, path in zip(victims, opt.model, strict=True):
-        for defense in defenses:
-            run_options = config.single_run_options(opt, model=path, defense=defense)
-            run_name = os.path.join(name, f"{victim}-{defense}")
-            try:
-                used = vars(options_as_used(run_options, explicit, checkpoints[path]))
-                metrics = finished_run(os.path.join(opt.log_root, run_name), used, path) if opt.resume else None
-                print(f"\n{victim}, {defense}{' (finished before)' if metrics else ''}")
-                metrics = metrics or run(run_options, explicit, run_name)
-                rows.append(comparison_row(victim, defense, metrics))
-            except (RunError, UserError) as error:
-                if not (rows or failures) and isinstance(error, UserError):
-                    raise
-                failures.append(f"{victim}, {defense}: {error}")
-                print(f"failed: {error}")
-            write_comparison(os.path.join(opt.log_root, name), rows)
-    if rows:
-        print("", comparison_text(rows), sep="\n")
-    if failures:
-        raise RunError(f"{len(failures)} of {len(rows) + len(failures)} runs failed; the first: {failures[0]}")
+    for (victim, path), defense, seed in product(zip(victims, opt.model, strict=True), defenses, dict.fromkeys(seeds)):
+        folder = "-".join([victim, defense, *([str(seed)] if len(seeds) > 1 else [])])
+        run_options = config.single_run_options(opt, model=path, defense=defense, seed=seed)
+        runs[os.path.join(name, folder)] = victim, run_options
+    return runs
 
 
 def load_victim(opt, explicit, test_set, device):

@@ -59,6 +59,24 @@ def test_without_a_removed_backdoor_nothing_is_marked():
     assert "> " not in comparison_text(rows)
 
 
+def test_seeds_have_one_row_with_mean_and_spread():
+    runs = {"mcl": (80.0, 82.0), "nad": (79.0, 80.2), "ft": (70.0, 71.0)}
+    rows = [
+        make_row("one", name, make_metrics(acc, 2.0)) | {"seed": s} for name in runs for s, acc in enumerate(runs[name])
+    ]
+    rows += [make_row("one", "nc", after) for after in (make_metrics(90.0, 2.0), None)]
+    ((_, _, cells),) = comparison_tables(rows, "<{}>".format)
+    assert cells[0][:2] == ["none", "82.00"]
+    assert [line[:2] for line in cells[1:]] == [
+        ["mcl", "<81.00 ± 1.41>"],
+        ["nad", "<79.60 ± 0.85>"],  # 1.4 below the best, no more than the larger spread
+        ["ft", "70.50 ± 0.71"],
+        ["nc (found nothing in 1 of 2)", "86.00 ± 5.66"],  # the backdoor is still there in one seed
+    ]
+    assert "Mean ± standard deviation over the seeds 0, 1" in comparison_text(rows)
+    assert "seeds" not in comparison_text(ROWS)
+
+
 def test_several_victims_have_a_table_for_each_metric():
     tables = comparison_tables([*ROWS, make_row("two", "mcl", make_metrics(70.0, 1.0))], "<{}>".format)
     assert [title for title, *_ in tables] == ["ACC", "ACC*", "ASR", "RA", "seconds"]

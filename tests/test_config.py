@@ -45,7 +45,8 @@ from utils.errors import RunError, UserError, run_script
         (["--contrast", "none", "--temperature", "1"], "--temperature applies only with --contrast others or all"),
         (["--target", "3", "--force"], "--force applies only with --target auto"),
         (["--target", "-1"], "-1 is not auto, any, or a label"),
-        (["--resume"], "--resume applies only with --defense all or several models"),
+        (["--resume"], "--resume applies only with --defense all, several models or several --seeds"),
+        (["--seed", "1", "--seeds", "2"], "--seed applies only with one seed, without --seeds"),
         (["--defense", "none", "--ratio", "0.1"], "--ratio applies only with a --defense other than none"),
     ],
 )

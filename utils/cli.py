@@ -107,8 +107,8 @@ def check_options(parser, options, explicit: set[str], methods: Methods) -> None
 
 
 def is_comparison(options: argparse.Namespace) -> bool:
-    """Whether main.py compares several defenses or several models."""
-    return options.defense == "all" or len(options.model or []) > 1
+    """Whether main.py compares several defenses, models or seeds."""
+    return options.defense == "all" or len(options.model or []) > 1 or len(options.seeds or []) > 1
 
 
 # Options valid only in combination with another: (condition in words, predicate).
@@ -124,7 +124,11 @@ OPTION_CONDITIONS = {
     "contrast": ("--align_weight above 0, if it is none", lambda opt: opt.contrast != "none" or opt.align_weight != 0),
     "temperature": ("--contrast others or all", lambda opt: opt.contrast != "none"),
     "force": ("--target auto", lambda opt: opt.target in (None, "auto")),
-    "resume": ("--defense all or several models", lambda opt: not hasattr(opt, "defense") or is_comparison(opt)),
+    "seed": ("one seed, without --seeds", lambda opt: not getattr(opt, "seeds", None)),
+    "resume": (
+        "--defense all, several models or several --seeds",
+        lambda opt: not hasattr(opt, "defense") or is_comparison(opt),
+    ),
     "tensorboard": (
         "a training, and --print_freq from 1 to --epochs",
         lambda opt: _DEFENDS[1](opt) and 0 < opt.print_freq <= (opt.epochs or math.inf),

@@ -1,4 +1,4 @@
-"""Data-parallel training in several processes started by torchrun (torch.distributed)."""
+"""Several processes started by torchrun: data-parallel training (torch.distributed), or the runs of a comparison."""
 
 import atexit
 import os
@@ -49,15 +49,23 @@ class Processes(NamedTuple):
 ONE_PROCESS = Processes()
 
 
-def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
-    """Join the processes of torchrun, if any, and pick this one's device: GPU i for local rank i.
+def torchrun_processes() -> Processes:
+    """This process among those of torchrun, if any, on its GPU; from here on, only the main process prints."""
+    processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if processes.count > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if not processes.is_main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    return processes
 
-    From here on, only the main process prints.
+
+def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
+    """Connect the processes of torchrun, if any, and pick this one's device: GPU i for local rank i.
 
     Raises:
         UserError: there are fewer GPUs than processes.
     """
-    processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    processes = torchrun_processes()
     if processes.count == 1:
         return processes, device
     if device.type == "cuda":
@@ -68,6 +76,4 @@ def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(distributed.destroy_process_group)
-    if not processes.is_main:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     return processes, device

@@ -13,7 +13,7 @@ from utils.files import remove_file, sha256_of
 
 STATE_FILE, METRICS_FILE = "resume.pt", "metrics.json"
 # Options that do not affect the results.
-NON_RESULT_OPTIONS = {"data_root", "checkpoint_root", "log_root", "name", "tensorboard", "resume"}
+NON_RESULT_OPTIONS = {"data_root", "checkpoint_root", "log_root", "name", "tensorboard", "resume", "seeds"}
 
 
 class Resumable:

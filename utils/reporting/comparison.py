@@ -1,15 +1,17 @@
 """Comparison of several defenses on one or more victims: comparison.csv and .md, and the text for a terminal."""
 
 import os
+import statistics
 
 from utils.files import write_csv, write_text
-from utils.reporting.tables import METRICS, format_cell, is_backdoored, markdown_table, text_table
+from utils.reporting.tables import METRICS, format_cell, is_backdoored, is_missing, markdown_table, text_table
 
 # column -> label, function for its best value
 COLUMNS = {key: (METRICS[key][0], min if key == "asr" else max) for key in ("acc", "acc_published", "asr", "ra")}
 COLUMNS |= {"seconds": ("seconds", min)}
 DEFENSE_STAGES = ("finetune", "detect", "inversion", "purify")  # stages of a run that are the defense's own
 NOTE = "best of its {}, among the defenses after which the backdoor is gone (ASR at most 1 point above its floor)"
+SEEDS_NOTE = "Mean ± standard deviation over the seeds {}; values that differ by no more than that are equally good."
 
 
 def comparison_row(victim: str, defense: str, metrics: dict) -> dict:
@@ -32,27 +34,49 @@ def columns_of(rows: list[dict]) -> dict[str, tuple]:
     return {**COLUMNS, **{f"retuned_{count}": (f"ASR re-tuned, {count}", min) for count in counts}}
 
 
+def mean_rows(rows: list[dict]) -> list[dict]:
+    """One row for each victim and defense: means over its seeds and, under "sd", standard deviations (one seed: 0).
+
+    The backdoor counts as removed if it is in every seed.
+    """
+    groups, means = {}, []
+    for row in rows:
+        groups.setdefault((row["victim"], row["defense"]), []).append(row)
+    for runs in groups.values():
+        mean = {**runs[0], "sd": {}, "unchanged": sum(not row["changed"] for row in runs), "runs": len(runs)}
+        for key in {**METRICS, **columns_of(rows)}:
+            values = [row[key] for row in runs]
+            complete = not any(map(is_missing, values))
+            mean[key] = statistics.fmean(values) if complete else None
+            mean["sd"][key] = statistics.stdev(values) if complete and len(values) > 1 else 0.0
+        mean["removed"] = all(map(_removed_backdoor, runs))
+        means.append(mean)
+    return means
+
+
 def comparison_tables(rows: list[dict], mark) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and cells of each table: one of all metrics for a single victim, else one for each metric.
 
     Args:
         rows: from `comparison_row`; the victims' own metrics become the row or column "none".
-        mark: text -> marked text, of the best cells of the defenses that removed the backdoor.
+        mark: text -> marked text, of the best cells of the defenses that removed the backdoor, and of those that differ
+            from the best by no more than the larger standard deviation of the two.
     """
     columns, cells = columns_of(rows), {}  # cells: victim -> defense -> metric -> text
-    for victim, runs in _by_victim(rows).items():
-        successes = [row for row in runs if _removed_backdoor(row)]
-        best = {
-            key: choose(round(row[key], 2) for row in successes) for key, (_, choose) in columns.items() if successes
-        }
+    means = mean_rows(rows)
+    for victim, runs in _by_victim(means).items():
         cells[victim] = {"none": {}}  # holds the first place
         for row in runs:
-            texts = cells[victim][row["defense"]] = {key: format_cell(row[key]) for key in columns}
-            if row in successes:
-                texts |= {key: mark(texts[key]) for key in columns if round(row[key], 2) == best[key]}
+            cells[victim][row["defense"]] = {key: _mean_cell(row, key) for key in columns}
+        successes = [row for row in runs if row["removed"]]
+        for key, (_, choose) in columns.items():
+            best = choose(successes, key=lambda row: row[key], default=None)
+            for row in successes:
+                if abs(round(row[key], 2) - round(best[key], 2)) <= max(row["sd"][key], best["sd"][key]):
+                    cells[victim][row["defense"]][key] = mark(cells[victim][row["defense"]][key])
         cells[victim]["none"] = {key: format_cell(runs[0].get(f"before_{key}", "")) for key in columns}
     if len(cells) == 1:
-        names = {row["defense"]: f"{row['defense']} (found nothing)" for row in rows if not row["changed"]}
+        names = {row["defense"]: row["defense"] + _unchanged(row) for row in means}
         table = [[names.get(name, name), *texts.values()] for name, texts in cells[victim].items()]
         table[0][0] = "none"
         return [(victim, ["defense", *(label for label, _ in columns.values())], table)]
@@ -69,7 +93,7 @@ def comparison_tables(rows: list[dict], mark) -> list[tuple[str, list[str], list
 def comparison_text(rows: list[dict]) -> str:
     """The tables for a terminal; the best cells are marked with >."""
     tables = [f"{title}\n{text_table(header, cells)}" for title, header, cells in comparison_tables(rows, ">{}".format)]
-    return "\n\n".join(tables + [f"> {note}" for note in _notes(rows)])
+    return "\n\n".join(tables + _notes(rows, ">"))
 
 
 def write_comparison(folder: str, rows: list[dict]) -> None:
@@ -79,7 +103,9 @@ def write_comparison(folder: str, rows: list[dict]) -> None:
     write_csv(os.path.join(folder, "comparison.csv"), rows)
     tables = comparison_tables(rows, "**{}**".format)
     parts = [f"{title}\n\n{markdown_table(header, cells)}\n" for title, header, cells in tables]
-    write_text(os.path.join(folder, "comparison.md"), "\n".join(parts + [f"Bold: {note}.\n" for note in _notes(rows)]))
+    write_text(
+        os.path.join(folder, "comparison.md"), "\n".join(parts + [f"{note}\n" for note in _notes(rows, "Bold:")])
+    )
 
 
 def _by_victim(rows):
@@ -91,7 +117,21 @@ def _removed_backdoor(row):
     return row["changed"] and row["purified"] is not False and is_backdoored(row) is False
 
 
-def _notes(rows):
-    """What the marks mean, if there are any."""
+def _mean_cell(row, key):
+    """The mean of a column, and the standard deviation of several seeds."""
+    text = format_cell(row[key])
+    return text if row["runs"] == 1 or is_missing(row[key]) else f"{text} ± {row['sd'][key]:.2f}"
+
+
+def _unchanged(row):
+    """What is said of a defense that left the victim unchanged, in how many of its runs."""
+    count = "" if row["runs"] == 1 else f" in {row['unchanged']} of {row['runs']}"
+    return f" (found nothing{count})" if row["unchanged"] else ""
+
+
+def _notes(rows, marked):
+    """What the numbers and the marks mean."""
     lines = "column" if len(_by_victim(rows)) == 1 else "row"
-    return [NOTE.format(lines)] if any(map(_removed_backdoor, rows)) else []
+    seeds = dict.fromkeys(str(row["seed"]) for row in rows)
+    notes = [f"{marked} {NOTE.format(lines)}."] if any(row["removed"] for row in mean_rows(rows)) else []
+    return [SEEDS_NOTE.format(", ".join(seeds)), *notes] if len(seeds) > 1 else notes
