@@ -181,6 +181,9 @@ def load_victim(opt, explicit, test_set, device):
     num_class = used.num_class = used.num_class or classes
     if num_class < classes:
         raise UserError(f"{opt.dataset} has {classes} classes, but {opt.model} was trained on {num_class}")
+    size = checkpoint.get("image_size", test_set.size[0])
+    if size != test_set.size[0]:
+        raise UserError(f"{opt.model} was trained on images of {size} pixels a side, these have {test_set.size[0]}")
     if checkpoint.get("attack") is not None:
         attack = Attack.from_state(checkpoint["attack"], num_class, test_set.images[:1])
     elif explicit & ATTACK_OPTIONS:
@@ -190,7 +193,7 @@ def load_victim(opt, explicit, test_set, device):
     model, metadata = load_classifier(
         checkpoint, opt.model, used.arch, num_class, get_normalization(opt), device, test_set.size
     )
-    return model, attack, used, {**metadata, "dataset": opt.dataset, "attack": attack.state()}
+    return model, attack, used, {**metadata, "dataset": opt.dataset, "image_size": size, "attack": attack.state()}
 
 
 def search_label(opt, victim, split, num_class, device, clock):

@@ -94,7 +94,7 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     if model.head_name is None:
         model.find_head(opt.arch, attack.num_class, batches.image_shape[1:])
     metadata = {"arch": opt.arch, "num_class": attack.num_class, "dataset": opt.dataset, "normalization": normalization}
-    metadata["attack"] = attack.state()
+    metadata |= {"image_size": batches.image_shape[1], "attack": attack.state()}
     network = processes.wrap(model)
     state = run.read(poisoned)
     if state:

@@ -28,6 +28,8 @@ def options_as_used(opt: Namespace, explicit: set[str], checkpoint: dict) -> Nam
         UserError: the user gave an option that the checkpoint states, or did not name such an architecture.
     """
     used, attack = Namespace(**vars(opt)), None
+    if "arch" not in explicit:
+        used.arch = checkpoint.get("recognised", opt.arch)
     if checkpoint.get("attack") is not None:
         attack = Attack.from_state(checkpoint["attack"])
     needs_file = runs_a_file(checkpoint.get("arch", ""))

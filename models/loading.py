@@ -1,12 +1,11 @@
 """Load the weights of a checkpoint into its architecture."""
 
 import os
-import re
 
 import torch
 
 from models.selector import Classifier, select_model
-from utils.checkpoint import check_fit, load_weights, read_checkpoint, runs_a_file
+from utils.checkpoint import check_fit, load_weights, read_checkpoint, recognise, runs_a_file
 from utils.errors import UserError
 
 
@@ -66,25 +65,6 @@ def load_clean_model(path: str, num_class: int, normalization, device, arch: str
     if found != num_class:
         raise UserError(f"the clean model {path} has {found} classes, but the attack is for {num_class}")
     return load_classifier(checkpoint, path, arch, num_class, normalization, device)[0]
-
-
-def recognise(weights: dict) -> tuple[str | None, int | None]:
-    """Guess the architecture and the number of classes of a state_dict from its names and shapes.
-
-    Returns:
-        a name for select_model, or None if no architecture here has such weights; the number of classes, or None if
-        there is no last layer.
-    """
-    head = weights.get("fc.weight", weights.get("linear.weight"))
-    num_class = len(head) if head is not None and head.dim() == 2 else None
-    stem = weights.get("block1.layer.0.conv1.weight")
-    if stem is not None and stem.dim() == 4 and "fc.weight" in weights and len(stem) % 16 == 0:
-        count = sum(re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name) is not None for name in weights)
-        return f"WRN-{6 * count + 4}-{len(stem) // 16}", num_class
-    blocks = [sum(re.fullmatch(rf"layer{i}\.\d+\.conv2\.weight", name) is not None for name in weights) for i in "1234"]
-    if blocks != [2, 2, 2, 2] or "layer1.0.conv3.weight" in weights or "linear.weight" not in weights:
-        return None, num_class
-    return "ResNet18" if "bn1.weight" in weights else "PreActResNet18", num_class
 
 
 def _fit_hint(weights):

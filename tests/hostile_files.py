@@ -7,6 +7,7 @@ import random
 import struct
 import zipfile
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -126,6 +127,9 @@ def hostile_objects():
     yield [1, ("a", {"b": Call("os", "system", touch)})]
     yield {"state_dict": {"conv1.weight": Call("os", "system", touch)}}
     yield {Call("os", "system", touch): 1}
+    yield Call("_codecs", "encode", "x" * 100, "zip")
+    yield Call("numpy._core.multiarray", "fromstring", "x")
+    yield np.array([Call("os", "system", touch)], dtype=object)
 
 
 def hostile_pickles():

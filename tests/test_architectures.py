@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from models import select_model
 from models.loading import load_classifier, load_model
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.safe_load import Skipped
 
 CPU, RAW = torch.device("cpu"), ((0.0,) * 3, (1.0,) * 3)
 USER_FILE = """
@@ -122,6 +124,49 @@ def test_a_resnet_of_torchvision_loads_with_its_weights(tmp_path):
     assert torch.equal(model(images), made(images))
     assert model.head is model.network.fc
     assert metadata["arch"] == "torchvision:resnet18"
+
+
+def test_an_architecture_that_names_give_away_is_taken_unless_another_is_asked_for(tmp_path):
+    for arch, number in [("torchvision:resnet18", "1"), ("ResNet18", "2"), ("WRN-16-2", "3"), ("PreActResNet18", "4")]:
+        path = str(tmp_path / number)
+        torch.save({f"module.{n}": w for n, w in select_model(arch, 4).network.state_dict().items()}, path)
+        checkpoint = read_checkpoint(path)
+        for words, expected in ([], arch), (["--arch", "WRN-10-1"], "WRN-10-1"):
+            assert options_as_used(*parse("main.py", words), checkpoint).arch == expected
+    unlike = select_model("torchvision:resnet18", 4).network
+    unlike.conv1 = torch.nn.Conv2d(3, 64, 3)  # torchvision's names on a network that is not torchvision's
+    torch.save(unlike.state_dict(), path)
+    assert options_as_used(*parse("main.py", []), read_checkpoint(path)).arch == "WRN-16-1"
+
+
+def backdoorbench_file(path, arch, **changes):
+    """attack_result.pt as BackdoorBench writes it, with numpy arrays and numbers, and numpy numbers as keys."""
+    weights = select_model(arch, 10).network.state_dict()
+    poisoned = {number: {"path": f"{number}.png", "other_info": [0, 3]} for number in np.arange(3)}
+    data = {"bd_data_container": {"save_folder_path": "x", "data_dict": poisoned, "save_file_format": ".png"}}
+    data |= {"original_index_array": np.arange(50), "poison_indicator": np.zeros(50), "getitem_all": True}
+    content = {"model_name": "preactresnet18", "num_classes": 10, "model": weights, "data_path": "../data"}
+    content |= {"img_size": [32, 32, 3], "clean_data": "cifar10", "bd_train": data, "bd_test": data}
+    torch.save(content | changes, path)
+    return weights
+
+
+def test_a_file_of_backdoorbench_is_read_with_what_it_states(tmp_path):
+    path = str(tmp_path / "attack_result.pt")
+    weights = backdoorbench_file(path, "PreActResNet18")
+    checkpoint = read_checkpoint(path)
+    assert all(torch.equal(checkpoint["state_dict"][name], tensor) for name, tensor in weights.items())
+    assert (checkpoint["arch"], checkpoint["num_class"]) == ("PreActResNet18", 10)
+    assert checkpoint["normalization"] == ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))  # not those of kuangliu
+    used = options_as_used(*parse("main.py", []), checkpoint)
+    assert (used.arch, used.normalize, used.trigger_type) == ("PreActResNet18", checkpoint["normalization"], None)
+    assert isinstance(checkpoint["bd_train"]["poison_indicator"], Skipped)
+    load_classifier(checkpoint, path, used.arch, 10, RAW, CPU)
+    backdoorbench_file(path, "torchvision:resnet18", model_name="resnet18", clean_data="gtsrb")
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint["arch"], checkpoint["normalization"]) == ("torchvision:resnet18", RAW)
+    backdoorbench_file(path, "WRN-10-1", model_name="theirs")
+    assert read_checkpoint(path).keys() == {"state_dict", "recognised"}
 
 
 def test_timm_is_asked_for_if_it_is_missing():

@@ -44,7 +44,7 @@ def test_state_dicts_of_other_code_are_found(model, tmp_path, key, prefix):
 def test_metadata_of_other_code_is_ignored(model, tmp_path):
     path = str(tmp_path / "a.pth")
     torch.save({"state_dict": model.network.state_dict(), "arch": "resnet18", "attack": "badnet"}, path)
-    assert read_checkpoint(path).keys() == {"state_dict"}
+    assert read_checkpoint(path).keys() == {"state_dict", "recognised"}
 
 
 def test_trained_weights_take_precedence_over_shipped_ones(tmp_path):

@@ -2,8 +2,10 @@
 
 import io
 import os
+import re
 
 import torch
+import torchvision
 
 from utils.errors import UserError
 from utils.files import write_file
@@ -12,6 +14,22 @@ from utils.safe_load import UnsafeFile, printable, safe_load
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weight")
 STATE_DICT_KEYS = ("state_dict", "model", "net")  # where public code stores the state_dict; may be nested
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+# Blocks of the four stages of a ResNet, and whether they have a third convolution -> its name in torchvision.
+RESNETS = {
+    (2, 2, 2, 2, False): "resnet18",
+    (3, 4, 6, 3, False): "resnet34",
+    (3, 4, 6, 3, True): "resnet50",
+    (3, 4, 23, 3, True): "resnet101",
+    (3, 8, 36, 3, True): "resnet152",
+}
+# Data set in attack_result.pt of BackdoorBench -> the normalisation of its get_dataset_normalization.
+BACKDOORBENCH = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    **dict.fromkeys(("gtsrb", "celeba"), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))),
+}
 
 
 def save_checkpoint(path: str, model, **metadata) -> None:
@@ -42,8 +60,9 @@ def read_checkpoint(path: str) -> dict:
     Returns:
         a dict with "state_dict" and, in checkpoints of this repository, "arch" (str), "num_class" (int) and
         "normalization" (mean and std, 3 numbers each), all checked, and "dataset", "attack" (for Attack.from_state)
-        and "metrics", unchecked. A file without all of the first three comes from other code, where the same keys may
-        mean something else: only its "state_dict" is returned.
+        and "metrics", unchecked. BackdoorBench's files have the first three, too. A file without all of them comes
+        from other code, where the same keys may mean something else: only its "state_dict" is returned, and
+        "recognised", the architecture that its names give away.
 
     Raises:
         UserError: no such file, not a checkpoint, no state_dict in it, weights that are not finite, or invalid
@@ -72,12 +91,36 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f"{path}: several weights share the same bytes, which no architecture here does")
     if not all(tensor.float().isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path} has weights that are not finite")
+    metadata |= _stated_by_backdoorbench(metadata)
     if not METADATA.keys() <= metadata.keys():
-        return {"state_dict": weights}
+        arch, _ = recognise(weights)
+        return {"state_dict": weights} | ({"recognised": arch} if arch else {})
     for name, (is_valid, expected) in METADATA.items():
         if not is_valid(metadata[name]):
             raise UserError(f"{path}: its {name} is not {expected}")
     return {**metadata, "state_dict": weights}
+
+
+def recognise(weights: dict) -> tuple[str | None, int | None]:
+    """Guess the architecture and the number of classes of a state_dict from its names and shapes.
+
+    Returns:
+        a name for select_model, or None if it is not known here; the number of classes, or None if there is no last
+        layer.
+    """
+    head, stem = weights.get("fc.weight", weights.get("linear.weight")), weights.get("conv1.weight")
+    num_class = len(head) if head is not None and head.dim() == 2 else None
+    wide = weights.get("block1.layer.0.conv1.weight")
+    if wide is not None and wide.dim() == 4 and "fc.weight" in weights and len(wide) % 16 == 0:
+        count = sum(re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name) is not None for name in weights)
+        return f"WRN-{6 * count + 4}-{len(wide) // 16}", num_class
+    blocks = [sum(re.fullmatch(rf"layer{i}\.\d+\.conv2\.weight", name) is not None for name in weights) for i in "1234"]
+    resnet = RESNETS.get((*blocks, "layer1.0.conv3.weight" in weights))
+    if resnet == "resnet18" and "linear.weight" in weights:
+        return "ResNet18" if "bn1.weight" in weights else "PreActResNet18", num_class
+    if resnet and "fc.weight" in weights and stem is not None and stem.shape == (64, 3, 7, 7):
+        return f"torchvision:{resnet}", num_class
+    return None, num_class
 
 
 def check_fit(model, weights: dict, path: str, arch: str, hint: str = "check --arch and --num_class") -> None:
@@ -116,6 +159,16 @@ def load_weights(model, weights: dict, path: str, arch: str) -> None:
 def runs_a_file(arch: str) -> bool:
     """Whether an architecture is FILE.py:NAME, the code of a user's file."""
     return arch.rpartition(":")[0].endswith(".py")
+
+
+def _stated_by_backdoorbench(metadata):
+    """What attack_result.pt of BackdoorBench states of its model, if the metadata is of one and the model is known."""
+    name, dataset = str(metadata.get("model_name")), str(metadata.get("clean_data"))
+    is_torchvision = name in torchvision.models.list_models()
+    if dataset not in BACKDOORBENCH or not (is_torchvision or name == "preactresnet18"):
+        return {}
+    arch = f"torchvision:{name}" if is_torchvision else "PreActResNet18"
+    return {"arch": arch, "num_class": metadata.get("num_classes"), "normalization": BACKDOORBENCH[dataset]}
 
 
 def _first_three(names):

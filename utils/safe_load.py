@@ -38,6 +38,11 @@ STORAGE_DTYPES = {
 REBUILDS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"}
 CALLABLES = REBUILDS | {"collections.OrderedDict", "collections.Counter"}
 CALLABLES |= {"torch.Size", "torch._utils._rebuild_parameter"}
+# What pickled numpy arrays and numbers are made of, by the names of numpy 1 and 2. None of it is built: see Skipped.
+ARRAY_PARTS = {"numpy.ndarray", "numpy.dtype"}
+ARRAY_PARTS |= {f"numpy.{core}.multiarray.{part}" for core in ("core", "_core") for part in ("_reconstruct", "scalar")}
+ENCODE = "_codecs.encode"  # of the bytes of an array, from a string
+CALLABLES |= ARRAY_PARTS | {ENCODE}
 CONSTANTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
 CONSTANTS |= {"NONE", "NEWTRUE", "NEWFALSE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -48,8 +53,18 @@ class UnsafeFile(Exception):
     """A file that is not loaded; the message gives the reason, as a clause about "it"."""
 
 
+class Skipped:
+    """Stands for a numpy array, number or type of the file."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
 def safe_load(path: str):
-    """Load what torch.save or safetensors wrote: tensors on the CPU and plain values.
+    """Load what torch.save or safetensors wrote: tensors on the CPU and plain values; Skipped for numpy's.
 
     Raises:
         UnsafeFile: the file is damaged, would execute code, or claims sizes that it does not have.
@@ -66,7 +81,8 @@ def safe_load(path: str):
         if data[8:9] == b"{":
             return _load_safetensors(data)
         validated = _validate_zip(data) if data.startswith(b"PK\x03\x04") else _validate_legacy(data)
-        with warnings.catch_warnings():
+        skipped = torch.serialization.safe_globals([(Skipped, part) for part in ARRAY_PARTS])
+        with warnings.catch_warnings(), skipped:
             warnings.simplefilter("ignore")  # torch warns about unusual pickles; the error says it in one line
             return torch.load(validated, map_location="cpu", weights_only=True)
     except (UnsafeFile, MemoryError):
@@ -216,6 +232,8 @@ def simulate_pickle(stream, storage_bytes):
                 raise UnsafeFile("its pickle calls something that builds no tensor; nothing was run")
             if function.path in REBUILDS:
                 _check_tensor(*arguments[:4])
+            if function.path == ENCODE and arguments[1:] != ("latin1",):
+                raise UnsafeFile("its pickle encodes text as torch.save never does")
             stack.append(Value(arguments[0] if function.path == "torch.Size" else None))
         elif opcode == "BINPERSID":
             key, num_bytes, numel = _parse_storage(pop(1)[0].content)
