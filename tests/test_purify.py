@@ -98,3 +98,35 @@ def test_what_does_not_fit_is_told_before_any_work(change, message):
     arguments = {"model": copy.deepcopy(MODEL), "images": IMAGES, "labels": LABELS, "device": "cpu", **change}
     with pytest.raises(UserError, match=message):
         purify(**arguments)
+
+
+OWN_PROGRAM = """
+import runpy
+
+import models, utils.files, config
+
+purify = runpy.run_path({path!r})["purify"]
+import models.net
+
+images = torch.rand(20, 3, 8, 8)
+result = purify(models.net.Net(), images, torch.arange(20) % 4, defense="ft", epochs=1, device="cpu")
+assert type(result.model) is models.net.Net
+assert (models.NAME, utils.files.NAME, config.NAME) == ("own",) * 3
+import defenses
+print("purified", defenses.NAME)
+"""
+
+
+def test_it_works_beside_modules_of_the_same_names(tmp_path, script):
+    network = "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    network += "        self.fc = nn.Linear(192, 4)\n    def forward(self, x):\n        return self.fc(x.flatten(1))\n"
+    for folder in ("models", "utils", "defenses"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("NAME = 'own'\n")
+    (tmp_path / "models" / "net.py").write_text(f"from torch import nn\n\n{network}")
+    (tmp_path / "utils" / "files.py").write_text("NAME = 'own'\n")
+    (tmp_path / "config.py").write_text("NAME = 'own'\n")
+    path = str(ROOT / "defenses" / "isolated.py")
+    (tmp_path / "program.py").write_text(f"import torch{OWN_PROGRAM.format(path=path)}")
+    done = script("-m", "program", cwd=tmp_path)
+    assert done.stdout.splitlines()[-1:] == ["purified own"], done.stderr
