@@ -44,6 +44,7 @@ ATTACKS = {
     "centerTrigger": {"name": "center", "target_type": "all2one"},
     "randomPixelTrigger": {"name": "pixels", "target_type": "all2one", "options": {"opacity": 0.2}},
     "blendTrigger": {"name": "blend", "target_type": "all2one", "options": {"opacity": 0.2, "trigger_image": None}},
+    "imageTrigger": {"name": "image", "target_type": "all2one", "options": {"trigger_image": None}},
     "trojanTrigger": {"name": "trojan", "target_type": "all2one",
                       "options": {"trig_w": 5, "trig_h": 5}, "training": {"surrogate": None}},
     "signalTrigger": {"name": "sig", "target_type": "cleanLabel",

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from attacks.blended import blend_picture, random_mask
+from attacks.blended import blend_picture, own_picture, random_mask
 from attacks.label_consistent import adversarial_noise
 from attacks.triggers import (
     blend_trigger,
     center_trigger,
     four_corner_trigger,
     grid_trigger,
+    image_trigger,
     patch_trigger,
     signal_trigger,
     square_trigger,
@@ -54,7 +55,7 @@ class TriggerSpec:
     target_types: tuple[str, ...] = TARGET_TYPES
 
 
-PICTURE, MASK = (torch.uint8, (None, None, 3)), (torch.uint8, (None, None, 1))
+PICTURE, MASK, OVERLAY = ((torch.uint8, (None, None, channels)) for channels in (3, 1, 4))
 GRID = (torch.float32, (None, None, 2))
 BLOCK = {"trig_w": int, "trig_h": int}
 
@@ -69,6 +70,7 @@ TRIGGERS = {
     "blendTrigger": TriggerSpec(
         blend_trigger, {"opacity": float}, {"picture": PICTURE}, blend_picture, ("trigger_image",)
     ),
+    "imageTrigger": TriggerSpec(image_trigger, {}, {"picture": OVERLAY}, own_picture, ("trigger_image",)),
     "trojanTrigger": TriggerSpec(patch_trigger, {}, {"patch": PICTURE}, trojan_patch, ("surrogate", *BLOCK)),
     # SIG and the label-consistent attack are clean-label attacks: with other labels, they are a blend and a patch.
     "signalTrigger": TriggerSpec(

@@ -1,4 +1,4 @@
-"""The pictures that blendTrigger and randomPixelTrigger blend into the whole image."""
+"""The pictures that blendTrigger, randomPixelTrigger and imageTrigger blend into the image."""
 
 import torch
 from PIL import Image
@@ -20,13 +20,32 @@ def blend_picture(size: tuple[int, int], rng: torch.Generator, trigger_image: st
     Raises:
         UserError: the file cannot be read as an image.
     """
-    return {"picture": _draw(size, rng) if trigger_image is None else _read(trigger_image, size)}
+    return {"picture": _draw(size, rng) if trigger_image is None else _read(trigger_image, "RGB", size)}
 
 
-def _read(path, size):
+def own_picture(size: tuple[int, int], rng: torch.Generator, trigger_image: str | None = None) -> dict:
+    """The file `trigger_image`, which has the size of the images: {"picture": (H, W, 4) uint8}, RGB and opacity.
+
+    Raises:
+        UserError: there is no file, it cannot be read as an image, or it has another size.
+    """
+    if trigger_image is None:
+        raise UserError(
+            "imageTrigger needs --trigger_image FILE.png, a picture of the images' size with an alpha channel"
+        )
+    picture = _read(trigger_image, "RGBA")
+    if picture.shape[:2] != size:
+        found, expected = ("x".join(map(str, shape)) for shape in (picture.shape[:2], size))
+        raise UserError(f"--trigger_image {trigger_image} has {found} pixels, but the images have {expected}")
+    return {"picture": picture}
+
+
+def _read(path, mode, size=None):
+    """A picture of PIL's `mode`, (H, W, channels) uint8, resized to (H, W) `size` if given."""
     try:
-        with Image.open(path) as picture:
-            return pil_to_tensor(picture.convert("RGB").resize(size[::-1])).permute(1, 2, 0).contiguous()
+        with Image.open(path) as file:
+            picture = file.convert(mode)
+            return pil_to_tensor(picture.resize(size[::-1]) if size else picture).permute(1, 2, 0).contiguous()
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"--trigger_image {path} cannot be read as an image ({error})") from None
 

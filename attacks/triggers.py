@@ -61,6 +61,20 @@ def blend_trigger(images: torch.Tensor, picture: torch.Tensor, opacity: float) -
     return images.float().mul_(1 - opacity).add_(picture * opacity).round_().to(torch.uint8)
 
 
+def image_trigger(images: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+    """x' = (1 - a) x + a p, with the colours p and the opacity a, in [0, 1], of each pixel of a picture.
+
+    Args:
+        picture: (H, W, 4) uint8, RGB and opacity.
+
+    Raises:
+        UserError: the images do not have the picture's size.
+    """
+    check_size(images, picture)
+    opacity = picture[:, :, 3:] / 255
+    return images.float().mul_(1 - opacity).add_(picture[:, :, :3] * opacity).round_().to(torch.uint8)
+
+
 def patch_trigger(images: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:
     """A (h, w, 3) uint8 patch in the place of square_trigger's block."""
     height, width, _ = patch.shape

@@ -15,6 +15,7 @@ OPTIONS = {"trig_w": 2, "trig_h": 3, "opacity": 0.2, "delta": 40.0}
 BUILD = {
     "randomPixelTrigger": random_mask,
     "blendTrigger": blend_picture,
+    "imageTrigger": lambda size, rng: {"picture": torch.randint(256, (*size, 4), dtype=torch.uint8, generator=rng)},
     "trojanTrigger": lambda size, rng: {"patch": torch.randint(256, (3, 2, 3), dtype=torch.uint8, generator=rng)},
     "wanetTrigger": lambda size, rng: warping_grid(size, rng, 0.9),
 }
@@ -71,6 +72,12 @@ def slow_blend(image, picture):
         image[i, j, c] = int(value + 0.5)
 
 
+def slow_image(image, picture):
+    for i, j, c in torch.cartesian_prod(*map(torch.arange, image.shape)).tolist():
+        opacity = picture[i, j, 3].item() / 255
+        image[i, j, c] = round((1 - opacity) * image[i, j, c].item() + opacity * picture[i, j, c].item())
+
+
 def slow_signal(image, delta):
     for i, j, c in torch.cartesian_prod(*map(torch.arange, image.shape)).tolist():
         value = image[i, j, c].item() + delta * math.sin(2 * math.pi * j * 6 / image.shape[1])
@@ -103,6 +110,7 @@ SLOW_TRIGGERS = {
     "centerTrigger": lambda image, attack: slow_patch(image, 7, 7, checker(True, True)),
     "randomPixelTrigger": lambda image, attack: slow_blend(image, attack.tensors["picture"]),
     "blendTrigger": lambda image, attack: slow_blend(image, attack.tensors["picture"]),
+    "imageTrigger": lambda image, attack: slow_image(image, attack.tensors["picture"]),
     "trojanTrigger": lambda image, attack: slow_patch(image, 6, 8, attack.tensors["patch"]),
     "signalTrigger": lambda image, attack: slow_signal(image, 40),
     "clTrigger": slow_corners,

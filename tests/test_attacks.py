@@ -146,7 +146,7 @@ def test_a_checkpoint_without_tensors_and_training_options_is_read():
     assert Attack.from_state(state).tensors == {}
 
 
-@pytest.mark.parametrize("trigger_type", sorted(set(TRIGGERS) - {"trojanTrigger"}))
+@pytest.mark.parametrize("trigger_type", sorted(set(TRIGGERS) - {"trojanTrigger", "imageTrigger"}))
 def test_the_defaults_of_each_trigger_make_an_attack(trigger_type):
     opt, _ = config.parse("train_badnet.py", ["--trigger_type", trigger_type])
     attack = build_attack(opt, 10, (32, 32))

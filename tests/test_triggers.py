@@ -7,7 +7,7 @@ from slow_triggers import SIZE, SLOW_TRIGGERS, TinyModel, make_attack, random_im
 from torch import nn
 
 from attacks import TRIGGERS
-from attacks.blended import blend_picture, random_mask
+from attacks.blended import blend_picture, own_picture, random_mask
 from attacks.label_consistent import adversarial_noise
 from attacks.triggers import center_trigger, four_corner_trigger, grid_trigger, patch_trigger, square_trigger
 from attacks.trojan import trojan_patch
@@ -64,6 +64,20 @@ def test_a_trigger_refuses_images_that_it_does_not_fit(images):
     for trigger_type in ("blendTrigger", "wanetTrigger"):
         with pytest.raises(UserError, match="for images of 10x11 pixels, but these have 10x10"):
             make_attack(trigger_type).stamp(images[:, :, :10])
+
+
+def test_a_picture_of_ones_own_is_the_trigger_if_it_has_the_size_of_the_images(tmp_path):
+    path, pixels = str(tmp_path / "a.png"), torch.randint(256, (*SIZE, 4), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy(), "RGBA").save(path)
+    assert torch.equal(own_picture(SIZE, None, path)["picture"], pixels)
+    Image.fromarray(pixels.numpy()[..., :3]).save(path)  # without an alpha channel it is opaque
+    assert (own_picture(SIZE, None, path)["picture"][..., 3] == 255).all()
+    with pytest.raises(UserError, match="a.png has 10x11 pixels, but the images have 11x10"):
+        own_picture(SIZE[::-1], None, path)
+    with pytest.raises(UserError, match="imageTrigger needs --trigger_image FILE.png"):
+        own_picture(SIZE, None)
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        own_picture(SIZE, None, __file__)
 
 
 def test_the_warp_follows_its_formula():

@@ -4,8 +4,10 @@ import os
 import socket
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torchvision.datasets
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -97,7 +99,7 @@ def _read_gtsrb(name, split, root, image_size):
 def _read_folder(name, split, root, image_size):
     path = os.path.join(root, split)
     try:
-        dataset = torchvision.datasets.ImageFolder(path, transform=_resize(image_size))
+        dataset = torchvision.datasets.ImageFolder(path, transform=_resize(image_size), loader=_open_picture)
     except OSError as error:
         raise UserError(f"--dataset folder needs images in {path}/<class>/: {error}".split("\n")[0]) from None
     train_classes = sorted(entry.name for entry in os.scandir(os.path.join(root, "train")) if entry.is_dir())
@@ -134,6 +136,15 @@ def _load_torchvision(name, root, **arguments):
         ) from None
     finally:
         socket.setdefaulttimeout(previous_timeout)
+
+
+def _open_picture(path):
+    """The picture as a viewer shows it, in RGB: turned as its EXIF data say, 16-bit greys scaled to 8 bits."""
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # convert would cut greys off at 255
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        return picture.convert("RGB")
 
 
 def _resize(size):
