@@ -163,7 +163,7 @@ def test_a_clean_model_is_left_unchanged(script, folder, clean):
     assert "no backdoor was found" in done.stdout
     metrics = metrics_of(folder, "left")
     assert metrics["detected_label"] is metrics["worked_against"] is metrics["after"] is None
-    assert len(metrics["search"]) == 2 * 11  # pixels and warps, of each label and of any
+    assert len(metrics["search"]) == 2 * 11 + 10  # pixels and warps, of each label and of any; waves
     assert not (folder / "weight" / "left.tar").exists()
     assert "no backdoor found" in (folder / "results" / "left" / "report.html").read_text()
 

@@ -16,7 +16,7 @@ from defenses.inversion import (
     target_search,
 )
 from defenses.inversion.patterns import PixelForm, WarpForm
-from defenses.inversion.target_search import LabelScore, _score, anomaly_indices, search_form
+from defenses.inversion.target_search import LabelScore, _score, anomaly_indices, search_form, search_waves
 
 CPU = torch.device("cpu")
 SMALL = LabelScore(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
@@ -123,6 +123,7 @@ def test_labels_with_a_backdoor_are_flagged_and_no_others(batches, backdoors):
         pixels, warps = ([score for score in scores if score.form == form] for form in ("pixels", "warp"))
         assert [score.label for score in pixels] == [*range(8), ANY_OTHER]
         assert [score.label for score in warps] == ([] if backdoors else [*range(8), ANY_OTHER])
+        assert [score.label for score in scores if score.form == "wave"] == ([] if backdoors else [*range(8)])
         assert all(score.hit_rate >= 0.9 for score in pixels if score.label != ANY_OTHER)
 
 
@@ -142,6 +143,32 @@ def test_a_label_is_flagged_by_a_small_warp():
     scores = search_form(ShiftedRampsModel(), batches, 5, CPU, rng, WarpForm((3, 16, 16)), 50, "fp32")
     assert flagged_labels(scores) == [1]
     assert scores[1].size < 0.3 < scores[3].size  # in pixels
+
+
+class WaveModel(torch.nn.Module):
+    """Predicts 2 on images with a wave of two cycles across, 1 on half of those with four down, 3 on those with seven.
+
+    Without a wave: 0 for dark images, 4 for bright ones.
+    """
+
+    def forward(self, x):
+        spectra = [torch.fft.fft(x.mean((1, axis))).abs() / 8 for axis in (2, 3)]
+        across, down, fine = spectra[0][:, 2], spectra[1][:, 4], spectra[0][:, 7]
+        is_bright, is_odd = x.mean((1, 2, 3)) > 0.5, (x[:, 0, 0, 0] * 1000).round() % 2
+        return torch.stack([0.05 * ~is_bright, down * is_odd, across, fine, 0.05 * is_bright], 1)
+
+
+def test_a_label_is_flagged_by_a_low_wave_that_turns_the_images_into_it():
+    rng = torch.Generator().manual_seed(0)
+    labels = 4 * (torch.arange(60) % 3 == 0)
+    images = 0.48 + 0.01 * labels[:, None, None, None] + 0.01 * torch.rand(60, 3, 16, 16, generator=rng)
+    scores = search_waves(WaveModel(), FixedBatches([(images, labels)]), 5)
+    assert [score.label for score in scores] == [0, 1, 2, 3, 4]
+    assert [score.hit_rate for score in scores] == [0, scores[1].hit_rate, 1, 0, 0]  # seven cycles are not low
+    assert 0.3 < scores[1].hit_rate < 0.8
+    assert flagged_labels(scores) == [2]
+    assert choose_label(scores, False)[0] == 2
+    assert scores[2].metadata()["form"] == "wave"
 
 
 def test_the_number_of_patterns_per_forward_does_not_matter(batches, monkeypatch):

@@ -131,18 +131,24 @@ def find_waves(victim, batches, target):
         return None
     images, labels = (torch.stack(parts) for parts in zip(*samples, strict=True))
     size, found, rates = images.shape[2:], [], []
-    with torch.no_grad(), progress_bar("waves", len(frequencies(size)), "wave") as bar:
+    with progress_bar("waves", len(frequencies(size)), "wave") as bar:
         for frequency in frequencies(size):
             patterns = waves(size, frequency, images.device)
-            triggered = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
-            logits = victim(triggered.contiguous(memory_format=torch.channels_last))
-            rate = is_hit(logits.view(len(patterns), len(images), -1), labels, target).float().mean(1)
+            rate = is_hit(pattern_logits(victim, images, patterns), labels, target).float().mean(1)
             found.append(patterns[rate >= HIT_RATE])
             rates.append(rate[rate >= HIT_RATE])
             bar.update()
     rates, order = torch.cat(rates).sort(descending=True, stable=True)
     patterns = torch.cat(found)[order[:MAX_WAVES]]
     return InvertedTrigger(patterns[0], rates[0].item(), patterns[1:]) if len(patterns) else None
+
+
+def pattern_logits(victim, images, patterns) -> torch.Tensor:
+    """Logits of each of (B, 3, H, W) images with each of (V, 3, H, W) patterns, (V, B, K)."""
+    triggered = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
+    with torch.no_grad():
+        logits = victim(triggered.contiguous(memory_format=torch.channels_last))
+    return logits.unflatten(0, (len(patterns), len(images)))
 
 
 def optimise_pattern(victim, stream, target, form, steps, batches_per_step, precision, bar, start, weight):
