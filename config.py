@@ -69,7 +69,7 @@ DEFENSES = {
         "inversion_steps": 36,  # a round
         "inversion_batches": 3,  # a step
         # the clean-finetuned model
-        "positive": "finetuned",  # the paper's own code: backdoored
+        "positive": "auto",  # finetuned from 500 clean images on, else backdoored, as in the paper's own code
         "finetune_epochs": 3,
         "finetune_lr": 0.003,
         # the student
@@ -82,7 +82,7 @@ DEFENSES = {
         "weight_decay": 1e-4,
         "augment": "crop_flip",  # published: none
         "temperature": 0.15,  # published: 0.5
-        "align_weight": 4.0,  # of 1 - cos(z, z+); published: 0
+        "align_weight": 4.0,  # of 1 - cos(z, z+), doubled below 500 clean images; published: 0
         "contrast": "others",  # images in the contrast: not the target class's; published: all
         "ema": 0.97,  # decay of the averaged weights; published: 0, the last weights
         "calibration": "bias",  # fit the last layer's biases to the labels; published: none
@@ -224,7 +224,7 @@ def _add_defense(parser):
     add_own("inversion_rounds", "rounds of inversion, each from noise around the last pattern", type=cli.positive)
     add_own("inversion_steps", "steps a round", type=cli.positive)
     add_own("inversion_batches", "batches a step", type=cli.positive)
-    add_own("positive", "model of the positive feature z+", choices=["finetuned", "backdoored"])
+    add_own("positive", "model of the positive feature z+", choices=["auto", "finetuned", "backdoored"])
     add_own("finetune_epochs", "epochs of the fine-tuning stage", type=cli.positive)
     add_own("finetune_lr", "peak learning rate of the fine-tuning stage", type=cli.above_zero)
     add_own("rounds", "students at most, each with the patterns that the last one still answers to", type=cli.positive)

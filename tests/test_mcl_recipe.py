@@ -56,6 +56,22 @@ def test_features_that_differ_in_the_mirror_are_not_averaged(make_context, simil
     assert used == [averaged]
 
 
+@pytest.mark.parametrize(
+    ("count", "positive", "is_victim", "weight"),
+    [(500, "auto", False, 3), (499, "auto", True, 6), (2_500, "backdoored", True, 3), (20, "finetuned", False, 6)],
+)
+def test_few_images_keep_the_victims_features(make_context, count, positive, is_victim, weight, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        mcl, "purify", lambda *args, **options: used.append((args, options)) or purify(*args, **options)
+    )
+    context = make_context(image_count=count)
+    mcl.defend(context, **{**RECIPE, **TRAINING, "positive": positive, "align_weight": 3})
+    ((victim, positive_model, *_), options) = used[0]
+    assert victim is context.victim
+    assert (positive_model is victim, options["align_weight"]) == (is_victim, weight)
+
+
 def test_mirror_similarity_by_hand(victim, batches):
     expected = [
         F.cosine_similarity(victim.features(x)[i], victim.features(x.flip(3))[i], dim=0)
