@@ -65,6 +65,7 @@ DEFENSES = {
         # the target label and the inverted trigger
         "target": "auto",  # search for the target label
         "force": False,  # defend even where the search flags no label
+        "verify": False,  # search the purified model for a further backdoor, and remove that too
         "inversion_rounds": 5,  # published: 1
         "inversion_steps": 36,  # a round
         "inversion_batches": 3,  # a step
@@ -100,7 +101,7 @@ DEFENSES = {
         "epochs": 5, "batch_size": 100, "lr": 1e-3, "augment": "none",
     },
     "nc": {  # Wang et al., S&P 2019: the inversion of mcl, the rate and schedule of BackdoorBench
-        "target": "auto", "force": False,
+        "target": "auto", "force": False, "verify": False,
         "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3,
         "epochs": 20, "batch_size": 64, "lr": 0.01, "schedule": "cosine",
         "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
@@ -116,7 +117,7 @@ DEFENSES = {
         "momentum": 0.9, "weight_decay": 0.0, "augment": "crop_flip",
     },
     "pam": {  # Min et al., NeurIPS 2024; rho published: 0.3 to 0.9
-        "target": "auto", "force": False,
+        "target": "auto", "force": False, "verify": False,
         "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3,
         "rho": 0.5,
         "epochs": 20, "batch_size": 64, "lr": 0.01, "schedule": "cosine",
@@ -221,6 +222,7 @@ def _add_defense(parser):
     add("--resume", action="store_true", help="continue an interrupted comparison")
     add_own("target", "target label of the backdoor; auto: search; any: any label but an image's own", type=cli.target)
     add_own("force", "defend even where the search flags no label")
+    add_own("verify", "search the purified model for a further backdoor, and remove that too")
     add_own("inversion_rounds", "rounds of inversion, each from noise around the last pattern", type=cli.positive)
     add_own("inversion_steps", "steps a round", type=cli.positive)
     add_own("inversion_batches", "batches a step", type=cli.positive)

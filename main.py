@@ -21,7 +21,7 @@ from attacks import Attack, UnknownAttack, build_attack
 from attacks.retune import retuned_metrics
 from attacks.stated import ATTACK_OPTIONS, options_as_used
 from data_loader import get_clean_split, get_eval_set, get_normalization, get_retuning_batches, load_images
-from defenses import DEFENSE_FUNCTIONS, MAX_HIT_RATE, DefenseContext, find_target, run_defense
+from defenses import DEFENSE_FUNCTIONS, MAX_HIT_RATE, DefenseContext, find_target, remove_backdoors
 from defenses.inversion import ANY_OTHER, label_name
 from models.loading import load_classifier, load_clean_model
 from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
@@ -41,7 +41,7 @@ from utils.reporting.tables import metrics_table, published_table, retuned_table
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
 
-NOT_INVERTED = {"inverted_hit_rate": None, "purified": None}  # of a defense without an inverted trigger
+NOT_INVERTED = {"inverted_hit_rate": None, "purified": None}  # of a run without a defense
 SAMPLE_IMAGES = 2_000  # of the test set, to measure the inverted trigger on
 
 
@@ -84,7 +84,7 @@ def run(opt, explicit, name) -> dict:
     print(f"victim {opt.model}: {opt.arch}, {attack.describe()}")
     with clock("evaluate"):
         metrics = {"before": evaluate(victim, test, attack), "after": None}
-    models, history, trigger, inverted = {"before": victim}, [], None, NOT_INVERTED
+    models, history, triggers, inverted = {"before": victim}, [], {}, NOT_INVERTED
 
     target, scores = search_label(opt, victim, split, attack.num_class, device, clock)
     found_nothing = scores is not None and target is None
@@ -93,11 +93,12 @@ def run(opt, explicit, name) -> dict:
         print(f"clean split: {len(split.index):,} of {train_count:,} training images{goal}")
         monitor = clock("evaluate")(make_monitor(split.monitor_set, attack, opt.print_freq, log))
         history = [{"epoch": 0, **monitor(victim, 0)}]
-        models["after"], rows, trigger = defend(opt, victim, split, target, device, clock, monitor)
+        models["after"], rows, triggers = defend(opt, victim, split, target, attack.num_class, device, clock, monitor)
         history += rows
         with clock("evaluate"):
             metrics["after"] = evaluate(models["after"], test, attack)
-            inverted = measure_inverted(models, trigger, target, part.clean)
+            inverted = measure_inverted(models, triggers, part.clean)
+    trigger = triggers.get(target)
     purified = models.get("after") if inverted["purified"] is not False else None
     save_purified(purified_path, results, purified, {**metadata, "metrics": metrics["after"]})
 
@@ -208,19 +209,24 @@ def search_label(opt, victim, split, num_class, device, clock):
     return target, scores
 
 
-def defend(opt, victim, split, target, device, clock, monitor):
-    """Run the defense on the clean split. Returns its DefenseResult."""
+def defend(opt, victim, split, target, num_class, device, clock, monitor):
+    """Run the defense on the clean split: the student, its history, and label -> inverted trigger."""
     data = split.train, split.plain, opt.augment == "crop_flip", len(split.index)
     context = DefenseContext(victim, *data, device, opt.seed, clock, target, monitor, opt.dataset in MIRRORED)
-    return run_defense(opt.defense, context, vars(opt), opt.precision)
+    return remove_backdoors(opt.defense, context, vars(opt), split.search, num_class, opt.precision)
 
 
-def measure_inverted(models, trigger, target, batches) -> dict:
-    """How many clean images the inverted trigger turns, before and after the defense, and whether it lost its hold."""
-    if trigger is None:
-        return NOT_INVERTED
-    rates = {name: 100 * trigger.rate_on(model, batches, target) for name, model in models.items()}
-    return {"inverted_hit_rate": rates, "purified": rates["after"] <= 100 * MAX_HIT_RATE}
+def measure_inverted(models, triggers, batches) -> dict:
+    """How many clean images the inverted triggers turn, before and after the defense, and whether all lost their hold.
+
+    Of several, the rates are those of the trigger that turns most images after it.
+    """
+    rates = [
+        {name: 100 * trigger.rate_on(model, batches, label) for name, model in models.items()}
+        for label, trigger in triggers.items()
+    ]
+    worst = max(rates, key=lambda rate: rate["after"], default=None)
+    return {"inverted_hit_rate": worst, "purified": worst and worst["after"] <= 100 * MAX_HIT_RATE}
 
 
 def save_purified(path, results, model, metadata):

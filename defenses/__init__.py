@@ -1,7 +1,7 @@
 """The defenses: functions of a DefenseContext and their own options that return a DefenseResult; purify runs one."""
 
 from defenses.base import DefenseContext, DefenseResult
-from defenses.purify import DEFENSE_FUNCTIONS, MAX_HIT_RATE, PurifyResult, find_target, purify, run_defense
+from defenses.purify import DEFENSE_FUNCTIONS, MAX_HIT_RATE, PurifyResult, find_target, purify, remove_backdoors
 
 __all__ = [
     "DEFENSE_FUNCTIONS",
@@ -11,5 +11,5 @@ __all__ = [
     "PurifyResult",
     "find_target",
     "purify",
-    "run_defense",
+    "remove_backdoors",
 ]

@@ -37,8 +37,8 @@ DEFENSE_FUNCTIONS = {
     "fst": fst.defend,
     "pam": pam.defend,
 }
-# Options of a defense that are consumed before it starts: by the target search and by the batches.
-CONSUMED_OPTIONS = {"target", "force", "batch_size", "augment"}
+# Options of a defense that are not its function's: of the target search and of the batches.
+CONSUMED_OPTIONS = {"target", "force", "verify", "batch_size", "augment"}
 # Least momentum of batch normalisation. A defense has some hundred steps: with the 0.01 of MobileNets, the statistics
 # would need all of them.
 MIN_MOMENTUM = 0.1
@@ -112,9 +112,11 @@ def purify(
     context = DefenseContext(
         victim, train, plain, augment, len(data), device, seed, Stopwatch(), target, mirrored=mirrored
     )
-    student, history, trigger = run_defense(defense, context, recipe)
-    purified = trigger and trigger.rate_on(student, Batches(data, 125, device), target) <= MAX_HIT_RATE
-    return PurifyResult(None if purified is False else student.network, target, scores, trigger, purified, history)
+    student, history, triggers = remove_backdoors(defense, context, recipe, search, num_class)
+    rates = [found.rate_on(student, Batches(data, 125, device), label) for label, found in triggers.items()]
+    purified = max(rates) <= MAX_HIT_RATE if triggers else None
+    model, trigger = None if purified is False else student.network, triggers.get(target)
+    return PurifyResult(model, target, scores, trigger, purified, history)
 
 
 def find_target(victim, batches, num_class, device, seed, options: dict, precision="fp32"):
@@ -129,6 +131,28 @@ def find_target(victim, batches, num_class, device, seed, options: dict, precisi
         scores = invert_suspects(victim, batches, scores, device, generator(seed, "suspects"), *budget, precision)
     label, reason = choose_label(scores, options["force"])
     return label, scores, reason
+
+
+def remove_backdoors(name: str, context: DefenseContext, options: dict, search_batches, num_class, precision="fp32"):
+    """Run a defense; with the option verify, search its student and run it again for each further label that it flags.
+
+    Returns:
+        the student, the history of all runs, and label -> inverted trigger, if the defense has one.
+    """
+    history, triggers = [], {}
+    while True:
+        student, rows, trigger = run_defense(name, context, options, precision)
+        history += [{**row, "epoch": row["epoch"] + len(history)} for row in rows]
+        triggers |= {} if trigger is None else {context.target: trigger}
+        if not options.get("verify"):
+            return student, history, triggers
+        victim = copy.deepcopy(student).requires_grad_(False)
+        settings = num_class, context.device, context.seed, {**options, "force": False}, precision
+        target, _, reason = context.clock("detect")(find_target)(victim, search_batches, *settings)
+        print(f"the purified model: {reason}")
+        if target is None or target in triggers:
+            return student, history, triggers
+        context = context._replace(victim=victim, target=target)
 
 
 def run_defense(name: str, context: DefenseContext, options: dict, precision: str = "fp32") -> DefenseResult:

@@ -1,6 +1,7 @@
 """purify: the door for Python users."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from conftest import ROOT, state_vector
 from torch import nn
 
 from attacks import Attack
-from defenses import purify
+from defenses import DefenseResult, purify, remove_backdoors
 from models.loading import load_model
 from utils.errors import UserError
 from utils.shapes import draw_shapes
+
+purify_module = sys.modules["defenses.purify"]  # defenses.purify is the function
 
 
 class Wrapped(nn.Module):
@@ -98,6 +101,30 @@ def test_what_does_not_fit_is_told_before_any_work(change, message):
     arguments = {"model": copy.deepcopy(MODEL), "images": IMAGES, "labels": LABELS, "device": "cpu", **change}
     with pytest.raises(UserError, match=message):
         purify(**arguments)
+
+
+def test_a_further_backdoor_of_the_purified_model_is_removed_too(make_context, victim, trigger, monkeypatch, capsys):
+    found, runs = iter([(2, [], "found 2"), (None, [], "none")]), []
+
+    def run(name, context, options, precision):
+        runs.append(context)
+        return DefenseResult(copy.deepcopy(context.victim).requires_grad_(True), [{"epoch": 1}, {"epoch": 2}], trigger)
+
+    monkeypatch.setattr(purify_module, "run_defense", run)
+    monkeypatch.setattr(purify_module, "find_target", lambda *_: next(found))
+    student, history, triggers = remove_backdoors("mcl", make_context(), {"verify": True}, None, 3)
+    assert [context.target for context in runs] == [1, 2]
+    assert runs[0].victim is victim
+    assert runs[1].victim is not student
+    assert not any(parameter.requires_grad for parameter in runs[1].victim.parameters())
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert triggers == {1: trigger, 2: trigger}
+    assert "the purified model: found 2" in capsys.readouterr().out
+    runs.clear()
+    assert remove_backdoors("mcl", make_context(), {"verify": False}, None, 3)[2] == {1: trigger}
+    found = iter([(1, [], "found 1 again")])
+    assert remove_backdoors("mcl", make_context(), {"verify": True}, None, 3)[2] == {1: trigger}
+    assert len(runs) == 2
 
 
 OWN_PROGRAM = """

@@ -259,3 +259,11 @@ def test_a_suspect_without_a_pattern_that_works_is_no_backdoor(batches, monkeypa
     result = invert_suspects(None, FixedBatches(batches), scores, CPU, None)
     assert [score.inverted_area for score in result] == [1.0, 1.0, None]
     assert not any(score.flagged for score in result)
+
+
+@pytest.mark.parametrize(
+    ("index", "area", "flagged"),
+    [(-1.9, 0.015, True), (-1.9, 0.016, False), (-2.1, 0.03, True), (-2.1, 0.031, False)],
+)
+def test_a_suspect_may_be_larger_if_its_index_is_an_outlier(index, area, flagged):
+    assert dataclasses.replace(SMALL, index=index, of_median=0.7, inverted_area=area).flagged is flagged

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from defenses.inversion.invert import invert_trigger, pattern_logits
+from defenses.inversion.invert import MAX_PATCH, invert_trigger, pattern_logits
 from defenses.inversion.objective import ANY_OTHER, HIT_RATE, PenaltyWeight, endless, hits_and_losses, label_name
 from defenses.inversion.patterns import PixelForm, WarpForm, frequencies, waves
 from utils.device import autocast
@@ -29,7 +29,8 @@ TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate ar
 MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, 0.02
 SUSPECTS = 2  # labels inverted in full if none is flagged
 # A suspect is flagged up to this fraction of changed pixels: a backdoor that the search overlooks (ABL's victim) needs
-# 6 to 9 of 1,024, a clean model (the shipped one) 39.
+# 6 to 9 of 1,024, a clean model (the shipped one) 39. A suspect whose index is an outlier, too, is flagged up to
+# MAX_PATCH, the size up to which the inversion takes a pattern for the trigger.
 MAX_SUSPECT_AREA = 0.015
 # Waves of up to LOW_CYCLES a side are tried: of the models in weight/, a clean one answers to the best of them with at
 # most 72 % of the images, to one of 8 cycles with 82 %, and others without waves in their training with 92 %.
@@ -70,10 +71,10 @@ class LabelScore:
     def flagged(self) -> bool:
         """Whether a backdoor to this label is suspected: its pattern works and is far smaller than the others'.
 
-        A label that was inverted in full is judged by that alone.
+        A label that was inverted in full is judged by the result.
         """
         if self.inverted_area is not None:
-            return self.inverted_area <= MAX_SUSPECT_AREA
+            return self.inverted_area <= (MAX_PATCH if self.index < MAX_INDEX else MAX_SUSPECT_AREA)
         if self.form == "wave":
             return self.hit_rate >= HIT_RATE
         is_small = self.index < MAX_INDEX and self.of_median <= MAX_OF_MEDIAN and self.of_range <= MAX_OF_RANGE
@@ -168,9 +169,9 @@ def invert_suspects(victim, batches, scores, device, rng, *budget) -> list[Label
     result, pixels = list(scores), math.prod(batches.image_shape[1:])
     for score in [score for score in by_index if score.label != ANY_OTHER][:SUSPECTS]:
         found = invert_trigger(victim, batches, score.label, device, rng, *budget)
-        area = found.pixels / pixels if found else 1.0
-        result[result.index(score)] = replace(score, inverted_area=area)
-        if area <= MAX_SUSPECT_AREA:
+        inverted = replace(score, inverted_area=found.pixels / pixels if found else 1.0)
+        result[result.index(score)] = inverted
+        if inverted.flagged:
             break
     return result
 

@@ -1,0 +1,51 @@
+"""Train a victim with two backdoors: gridTrigger leads to label 5, a white 4x4 block in the top left corner to label 2.
+
+    python -m docs.two_backdoors two.tar [options of train_badnet.py]
+
+The file states neither of them. To measure one with main.py, pass `--trigger_type gridTrigger --target_label 5`, or
+`--trigger_type imageTrigger --trigger_image two.png --target_label 2`; the picture lies beside the file.
+"""
+
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import config
+from attacks import Attack
+from data_loader import get_backdoor_loader, get_normalization, load_images
+from models import select_model
+from utils.checkpoint import save_checkpoint
+from utils.device import pick_device
+from utils.errors import UserError, run_script
+from utils.seed import generator, seed_weights
+from utils.training import train
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise UserError("name the file of the victim: python -m docs.two_backdoors two.tar")
+    path, (opt, _) = sys.argv[1], config.parse("train_badnet.py", sys.argv[2:])
+    device, data = pick_device(opt.device), load_images(opt, "train")
+    num_class, rate = len(data.classes), opt.inject_portion
+    picture = torch.zeros(*data.size, 4, dtype=torch.uint8)
+    picture[1:5, 1:5] = 255
+    Image.fromarray(picture.numpy()).save(f"{os.path.splitext(path)[0]}.png")
+
+    block = Attack("imageTrigger", "all2one", 2, num_class, rate, tensors={"picture": picture})
+    data.images, data.labels, _ = block.poison(data.images, data.labels, generator(opt.seed, "second backdoor"))
+    batches, _, _ = get_backdoor_loader(opt, data, Attack("gridTrigger", "all2one", 5, num_class, rate), device)
+
+    seed_weights(opt.seed)
+    normalization = get_normalization(opt)
+    model = select_model(opt.arch, num_class, *normalization).to(device)
+    settings = {name: getattr(opt, name) for name in ("epochs", "lr", "momentum", "weight_decay", "schedule")}
+    settings |= {"precision": opt.precision, "title": "victim"}
+    train(model, batches, lambda images, labels: F.cross_entropy(model(images), labels), device, **settings)
+    save_checkpoint(path, model, arch=opt.arch, num_class=num_class, normalization=normalization)
+
+
+if __name__ == "__main__":
+    run_script(main)
