@@ -1,9 +1,10 @@
-"""Train a victim with two backdoors: gridTrigger leads to label 5, a white 4x4 block in the top left corner to label 2.
+"""Train a victim with two backdoors: squareTrigger leads to label 5, a red 5x5 block in the top left corner to label 2.
 
     python -m docs.two_backdoors two.tar [options of train_badnet.py]
 
-The file states neither of them. To measure one with main.py, pass `--trigger_type gridTrigger --target_label 5`, or
-`--trigger_type imageTrigger --trigger_image two.png --target_label 2`; the picture lies beside the file.
+The file states neither of them. To measure one with main.py, pass `--trigger_type squareTrigger --trig_w 5 --trig_h 5
+--target_label 5`, or `--trigger_type imageTrigger --trigger_image two.png --target_label 2` with the picture that lies
+beside the file.
 """
 
 import os
@@ -31,12 +32,13 @@ def main():
     device, data = pick_device(opt.device), load_images(opt, "train")
     num_class, rate = len(data.classes), opt.inject_portion
     picture = torch.zeros(*data.size, 4, dtype=torch.uint8)
-    picture[1:5, 1:5] = 255
+    picture[1:6, 1:6] = torch.tensor([255, 0, 0, 255], dtype=torch.uint8)
     Image.fromarray(picture.numpy()).save(f"{os.path.splitext(path)[0]}.png")
 
     block = Attack("imageTrigger", "all2one", 2, num_class, rate, tensors={"picture": picture})
     data.images, data.labels, _ = block.poison(data.images, data.labels, generator(opt.seed, "second backdoor"))
-    batches, _, _ = get_backdoor_loader(opt, data, Attack("gridTrigger", "all2one", 5, num_class, rate), device)
+    square = Attack("squareTrigger", "all2one", 5, num_class, rate, {"trig_w": 5, "trig_h": 5})
+    batches, _, _ = get_backdoor_loader(opt, data, square, device)
 
     seed_weights(opt.seed)
     normalization = get_normalization(opt)
