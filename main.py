@@ -98,19 +98,18 @@ def run(opt, explicit, name) -> dict:
         with clock("evaluate"):
             metrics["after"] = evaluate(models["after"], test, attack)
             inverted = measure_inverted(models, triggers, part.clean)
-    trigger = triggers.get(target)
     purified = models.get("after") if inverted["purified"] is not False else None
     save_purified(purified_path, results, purified, {**metadata, "metrics": metrics["after"]})
 
     print("", published_table(opt.dataset, **metrics, defense=opt.defense), "", sep="\n")
     print(metrics_table(test_set.classes, **metrics))
-    metrics = run_metrics(opt, metrics | inverted, target, scores, trigger)
+    metrics = run_metrics(opt, metrics | inverted, target, scores, triggers.get(target))
     if retuning:
         retuned = {"retuned": models.get("after", victim), "retuned_reference": reference}
         metrics |= clock("retune")(measure_retuned)(retuned, retuning, test, attack, device)
     sample = get_eval_set(test_set.images, test_set.labels, attack, device, SAMPLE_SIZE)
     output = {"classes": test_set.classes, "sample": sample, "attack": attack, "models": models, "history": history}
-    output |= {"options": vars(opt), "device": device, "clock": clock, "trigger": trigger}
+    output |= {"options": vars(opt), "device": device, "clock": clock, "trigger": triggers.get(target)}
     metrics = save_results(results, name, metrics, **output)
     print(f"\nreport: {os.path.join(results, 'report.html')}\n{verdict(metrics)}")
     return metrics

@@ -206,13 +206,13 @@ def test_a_folder_of_pictures(tmp_path):
 
 def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
     levels = torch.tensor([[0, 257 * 100], [257 * 200, 65535]]).numpy().astype("uint16")
-    turned = Image.fromarray(torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8).numpy())
-    exif = turned.getexif()
+    upright = Image.fromarray(torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8).numpy())
+    exif = upright.getexif()
     exif[0x0112] = 3  # upside down
     for split in ("train", "test"):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.fromarray(levels).save(tmp_path / split / "a" / "1.png")
-        turned.save(tmp_path / split / "a" / "2.png", exif=exif)
+        upright.save(tmp_path / split / "a" / "2.png", exif=exif)
     data = load_images(options("--dataset", "folder", "--data_root", str(tmp_path), "--image_size", "2"), "train")
     assert data.images[:, :, :, 0].tolist() == [[[0, 100], [200, 255]], [[40, 30], [20, 10]]]
 
