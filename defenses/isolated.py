@@ -8,7 +8,7 @@ import os
 import sys
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NAMES = {"attacks", "config", "data_loader", "defenses", "models", "utils"}  # of the modules that purify imports
+NAMES = {"config", "defenses", "models", "utils"}  # of the modules that purify imports
 
 
 def _take_modules():

@@ -46,7 +46,7 @@ def test_metrics_are_those_of_the_cpu(model, checkpoint):
 
 
 @pytest.mark.parametrize("defense", DEFENSE_FUNCTIONS)
-def test_each_defense_runs_and_moves_the_weights(model, checkpoint, clean_images, defense):
+def test_each_defense_runs_and_moves_the_weights(model, clean_images, defense):
     result = purify(model.cpu(), *clean_images, defense=defense, device="cuda", epochs=1)
     assert result.model is not None
     assert all(parameter.is_cuda for parameter in result.model.parameters())

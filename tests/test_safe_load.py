@@ -20,7 +20,7 @@ from utils import safe_load
 from utils.datasets import ImageSet
 from utils.errors import UserError
 
-SECONDS, MEGABYTES = 15, 600  # per file; many times what a valid one takes, beside other work
+SECONDS, MEGABYTES = 5, 600  # per file; a few times what a valid one takes
 
 
 def load_weights_like_main(path, explicit=frozenset()):

@@ -2,9 +2,8 @@
 
 A backdoor is a shortcut to its target label: the pattern that leads there is far smaller than those of other labels.
 Neural Cleanse inverts a mask and a colour for one label after the other. Here the forms of defenses.inversion.patterns
-are inverted for all labels together, in few steps on few images: pixels, and if they flag no label, a warp. Waves of
-brightness are merely tried, since they are few: the low ones, which leave the predictions of a clean model alone more
-often than not.
+are inverted for all labels together, in few steps on few images: pixels, and if they flag no label, a warp. Low waves
+of brightness are so few that each is tried.
 """
 
 import itertools
@@ -32,8 +31,8 @@ SUSPECTS = 2  # labels inverted in full if none is flagged
 # 6 to 9 of 1,024, a clean model (the shipped one) 39. A suspect whose index is an outlier, too, is flagged up to
 # MAX_PATCH, the size up to which the inversion takes a pattern for the trigger.
 MAX_SUSPECT_AREA = 0.015
-# Waves of up to LOW_CYCLES a side are tried: of the models in weight/, a clean one answers to the best of them with at
-# most 72 % of the images, to one of 8 cycles with 82 %, and others without waves in their training with 92 %.
+# Waves of up to so many cycles a side are tried. The best of them turns at most 72 % of the images of models without a
+# wave or a warp as their trigger; of up to 8 cycles, 92 %. SIG's own wave has 6, so the limit is not independent of it.
 LOW_CYCLES = 6
 FIRST_WAVE_IMAGES, WAVE_IMAGES, WAVE_CANDIDATES = (
     25,
