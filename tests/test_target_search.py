@@ -1,6 +1,7 @@
 """The target search: its anomaly index by hand, and planted backdoors found and none invented."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from defenses.inversion import (
     search_target,
     target_search,
 )
+from defenses.inversion import scores as scores_module
+from defenses.inversion.objective import hits_and_losses
 from defenses.inversion.patterns import PixelForm, WarpForm
-from defenses.inversion.target_search import LabelScore, _score, anomaly_indices, search_form, search_waves
+from defenses.inversion.scores import LabelScore, anomaly_indices
+from defenses.inversion.target_search import _score, promising, search_form, search_waves
 
 CPU = torch.device("cpu")
 SMALL = LabelScore(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
@@ -39,7 +43,7 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
     assert not dataclasses.replace(SMALL, **change).flagged
     assert SMALL.metadata() == {
         "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0,
-        "of_median": 0.3, "of_range": 1.0, "inverted_area": None, "flagged": True,
+        "of_median": 0.3, "of_range": 1.0, "runner_up": None, "inverted_area": None, "flagged": True,
     }  # fmt: skip
 
 
@@ -49,11 +53,11 @@ def test_scores_are_means_over_the_steps_in_which_the_pattern_works():
     rates = torch.tensor([[0.9, 0.2, 0.1, 1.0], [1.0, 1.0, 0.3, 1.0]])
     scores = _score(targets, form, 3, sizes, rates)
     assert [score.label for score in scores] == [0, 1, 2, ANY_OTHER]
-    # Label 1 works in the second step only; label 2 never does, so its mean is over both.
-    assert [score.size for score in scores] == pytest.approx([6.0, 4.0, 5.0, 1.0])
+    # Label 1 works in the second step only; label 2 never does, so that its size says nothing.
+    assert [score.size for score in scores] == pytest.approx([6.0, 4.0, 30.0, 1.0])
     assert [score.hit_rate for score in scores] == pytest.approx([0.95, 1.0, 0.2, 1.0])
-    assert [score.of_median for score in scores] == pytest.approx([6 / 5, 4 / 5, 1.0, 1 / 5])
-    assert [score.of_range for score in scores] == pytest.approx([6 / 30, 4 / 30, 5 / 30, 1 / 30])
+    assert [score.of_median for score in scores] == pytest.approx([1.0, 4 / 6, 5.0, 1 / 6])
+    assert [score.of_range for score in scores] == pytest.approx([6 / 30, 4 / 30, 1.0, 1 / 30])
 
 
 def test_the_flagged_label_with_the_smallest_pattern_is_chosen():
@@ -171,6 +175,45 @@ def test_a_label_is_flagged_by_a_low_wave_that_turns_the_images_into_it():
     assert scores[2].metadata()["form"] == "wave"
 
 
+def test_a_wave_proves_nothing_if_another_label_has_one_that_works_as_well():
+    found = LabelScore(2, "wave", 8.0, 0.95, math.nan, math.nan, 0.08, runner_up=0.6)
+    assert found.flagged
+    assert found.metadata()["runner_up"] == 60.0
+    assert not dataclasses.replace(found, runner_up=0.7).flagged
+    images = torch.full((60, 3, 16, 16), 0.48)
+    scores = search_waves(WaveModel(), FixedBatches([(images, torch.zeros(60, dtype=torch.int64))]), 5)
+    assert [score.runner_up for score in scores] == [1.0, 1.0, scores[1].hit_rate, 1.0, 1.0]
+
+
+def test_of_many_labels_only_promising_ones_are_searched_in_full(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    images = 0.25 + 0.5 * torch.rand(64, 3, 8, 24, generator=rng)
+    batches = FixedBatches([(images, RedColumnModel()(images).argmax(1))])
+    updated = []
+
+    def counted(victim, images, labels, scored, patterns, targets):
+        updated.append(len(images) * len(patterns))
+        return hits_and_losses(victim, images, labels, scored, patterns, targets)
+
+    monkeypatch.setattr(target_search, "hits_and_losses", counted)
+    scores = search_form(RedColumnModel([17]), batches, 24, CPU, rng, PixelForm((3, 8, 24)), 50, "fp32")
+    assert flagged_labels(scores) == [17]
+    labels = [score.label for score in scores]
+    assert len(labels) == 13
+    assert labels == [*sorted(labels[:-1]), ANY_OTHER]
+    assert sum(updated) == 20 * 32 * 25 + 30 * 64 * 13
+
+
+def test_a_sample_of_the_other_labels_goes_on_with_the_promising_ones():
+    sizes = torch.tensor([*range(100, 0, -5), 1.0])  # label 19 has the smallest
+    works = torch.ones(21, dtype=torch.bool)
+    works[19] = False
+    kept, sample = promising(sizes, works)
+    assert sample == 8
+    assert kept[:8].tolist() == [14, 12, 10, 8, 6, 4, 2, 19]  # the label without a pattern that works comes last
+    assert kept[8:].tolist() == [18, 17, 16, 15, 20]
+
+
 def test_the_number_of_patterns_per_forward_does_not_matter(batches, monkeypatch):
     sizes = []
     for count in (1, 3):
@@ -234,7 +277,7 @@ def test_suspects_are_inverted_in_full_before_none_is_found(batches, monkeypatch
         for form, indices in (("pixels", (-1.0, 0.5, -1.5, 0.3, -3.0)), ("warp", (-4.0,)))
         for label, index in zip((0, 1, 2, 3, ANY_OTHER), indices, strict=False)
     ]
-    monkeypatch.setattr(target_search, "MAX_SUSPECT_AREA", 5 / 64)
+    monkeypatch.setattr(scores_module, "MAX_SUSPECT_AREA", 5 / 64)
     calls, counts = [], iter(pixels)
 
     def invert(victim, batches, label, *_):

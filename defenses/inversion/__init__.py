@@ -3,7 +3,8 @@
 from defenses.inversion.invert import find_trigger, invert_trigger, shifted_patterns
 from defenses.inversion.objective import ANY_OTHER, HIT_RATE, label_name
 from defenses.inversion.patterns import PatternApplier, apply_patterns
-from defenses.inversion.target_search import LabelScore, choose_label, invert_suspects, search_target
+from defenses.inversion.scores import LabelScore, choose_label
+from defenses.inversion.target_search import invert_suspects, search_target
 from defenses.inversion.trigger import InvertedTrigger
 
 __all__ = [

@@ -8,91 +8,34 @@ of brightness are so few that each is tried.
 
 import itertools
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from defenses.inversion.invert import MAX_PATCH, invert_trigger, pattern_logits
-from defenses.inversion.objective import ANY_OTHER, HIT_RATE, PenaltyWeight, endless, hits_and_losses, label_name
+from defenses.inversion.invert import invert_trigger, pattern_logits
+from defenses.inversion.objective import ANY_OTHER, HIT_RATE, PenaltyWeight, endless, hits_and_losses
 from defenses.inversion.patterns import PixelForm, WarpForm, frequencies, waves
+from defenses.inversion.scores import LabelScore, anomaly_indices
 from utils.device import autocast
 from utils.progress import progress_bar
 
 STEPS = 50  # batches
 MICRO_BATCH = 16  # images an update: more updates for the same number of images find smaller patterns
 UNTARGETED_START = 0.3  # scale of ANY_OTHER's start: at 1 the noise alone turns every image
+# Of more than so many labels, the PROMISING ones with the smallest patterns are searched in full, and a sample of the
+# others to compare them with; all share the first steps, on half of the images. After 20 steps the target label of each
+# victim in weight/ and of the paper's has the smallest pattern; after 12, the paper's does not.
+FULL_SEARCHES, PROMISING, FIRST_STEPS = 12, 4, 20
 TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate are averaged
-# A label is flagged if its pattern works, its index is below MAX_INDEX, and its size is at most these fractions of the
-# median and of the full range. Without the latter two, clean models are flagged where all sizes are alike or large.
-MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, 0.02
 SUSPECTS = 2  # labels inverted in full if none is flagged
-# A suspect is flagged up to this fraction of changed pixels: a backdoor that the search overlooks (ABL's victim) needs
-# 6 to 9 of 1,024, a clean model (the shipped one) 39. A suspect whose index is an outlier, too, is flagged up to
-# MAX_PATCH, the size up to which the inversion takes a pattern for the trigger.
-MAX_SUSPECT_AREA = 0.015
 # Waves of up to so many cycles a side are tried. The best of them turns at most 72 % of the images of models without a
 # wave or a warp as their trigger; of up to 8 cycles, 92 %. SIG's own wave has 6, so the limit is not independent of it.
 LOW_CYCLES = 6
-FIRST_WAVE_IMAGES, WAVE_IMAGES, WAVE_CANDIDATES = (
-    25,
-    200,
-    3,
-)  # images for all waves, and for the best ones of each label
-MAD_TO_SD = 1.4826  # of a normal distribution
+FIRST_WAVE_IMAGES, WAVE_IMAGES, WAVE_CANDIDATES = 25, 200, 3  # for all waves, and for the best ones of each label
 # Patterns in one forward pass. On a CPU one keeps to the cache (ten took three times as long); many fill a GPU, but all
 # patterns of a model of many classes would not fit into its memory.
 PATTERNS_PER_FORWARD = {"cpu": 1, "cuda": 32}
-
-
-@dataclass(frozen=True)
-class LabelScore:
-    """Result of the search for one label, or for ANY_OTHER.
-
-    form: "pixels", "warp" or "wave".
-    size: of its pattern: L1 norm over pixels and channels in units of the full range [0, 1], or a shift in pixels.
-    hit_rate: fraction 0..1 of images of other labels that the pattern turns.
-    index: anomaly index; negative below the median of all labels; nan for a wave, since all have the same size.
-    of_median, of_range: size as a fraction of the median, and of the largest possible size.
-    inverted_area: fraction of the pixels that its full inversion changes; None if it was not inverted in full.
-    """
-
-    label: int
-    form: str
-    size: float
-    hit_rate: float
-    index: float
-    of_median: float
-    of_range: float
-    inverted_area: float | None = None
-
-    @property
-    def flagged(self) -> bool:
-        """Whether a backdoor to this label is suspected: its pattern works and is far smaller than the others'.
-
-        A label that was inverted in full is judged by the result.
-        """
-        if self.inverted_area is not None:
-            return self.inverted_area <= (MAX_PATCH if self.index < MAX_INDEX else MAX_SUSPECT_AREA)
-        if self.form == "wave":
-            return self.hit_rate >= HIT_RATE
-        is_small = self.index < MAX_INDEX and self.of_median <= MAX_OF_MEDIAN and self.of_range <= MAX_OF_RANGE
-        return is_small and self.hit_rate >= HIT_RATE
-
-    def metadata(self) -> dict:
-        """Plain values for metrics.json and tables; hit rate and fraction of the range in percent."""
-        row = asdict(self) | {"hit_rate": 100 * self.hit_rate, "of_range": 100 * self.of_range}
-        return row | {"label": "any" if self.label == ANY_OTHER else self.label, "flagged": self.flagged}
-
-
-def anomaly_indices(sizes: torch.Tensor, num_class: int) -> torch.Tensor:
-    """(s - median) / (1.4826 MAD) of the logarithms s of (K,) or more sizes: Neural Cleanse's anomaly index (IV-B).
-
-    Median and MAD are those of the first K. The sign is kept: "above 2 and below the median" is below -2 here.
-    Logarithms, because sizes differ by factors: among sizes from 100 to 350, a 12 is an outlier only on that scale.
-    """
-    distance = sizes.log() - sizes[:num_class].log().quantile(0.5)
-    return distance / (MAD_TO_SD * distance[:num_class].abs().quantile(0.5)).clamp(min=1e-6)
 
 
 def search_target(victim, batches, num_class, device, rng, steps=STEPS, precision="fp32") -> list[LabelScore]:
@@ -109,8 +52,8 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
         steps: batches, each with an update of every pattern for each MICRO_BATCH images.
 
     Returns:
-        K scores by label, and one of ANY_OTHER; if no pixel pattern is flagged, as many again, of warps; if no warp is
-        flagged, K more, of waves.
+        scores by label, and one of ANY_OTHER; if no pixel pattern is flagged, those of warps, too; if no warp is
+        flagged, those of waves. Of more than FULL_SEARCHES labels, not all have scores.
     """
     scores = []
     for form in (PixelForm(batches.image_shape), WarpForm(batches.image_shape)):
@@ -121,10 +64,10 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
 
 
 def search_waves(victim, batches, num_class) -> list[LabelScore]:
-    """Try single low waves of brightness: for each label, a score of the best one.
+    """Try single low waves of brightness: for each of up to FULL_SEARCHES labels, a score of the best one.
 
-    All waves are tried on a few images, and the best of each label on more, since the best of many on few is also the
-    luckiest.
+    All waves are tried on a few images, and the best ones of the best labels on more, since the best of many on few is
+    also the luckiest.
     """
     samples = itertools.chain.from_iterable(zip(*batch, strict=True) for batch in endless(batches))
     images, labels = map(torch.stack, zip(*itertools.islice(samples, WAVE_IMAGES), strict=True))
@@ -136,21 +79,24 @@ def search_waves(victim, batches, num_class) -> list[LabelScore]:
         return (predicted * is_other[:count]).sum(1) / is_other[:count].sum(0).clamp(min=1)
 
     low = [frequency for frequency in frequencies(images.shape[2:]) if max(map(abs, frequency)) <= LOW_CYCLES]
-    rates, scores = [], []
-    with progress_bar("search waves", len(low) + num_class, "step") as bar:
+    rates, best, candidate_count = [], {}, min(num_class, FULL_SEARCHES)
+    with progress_bar("search waves", len(low) + candidate_count, "step") as bar:
         for frequency in low:
             rates.append(hit_rates(waves(images.shape[2:], frequency, images.device), FIRST_WAVE_IMAGES))
             bar.update()
-        candidates = torch.cat(rates).topk(WAVE_CANDIDATES, 0).indices
-        for label in range(num_class):
-            patterns = [
-                waves(images.shape[2:], low[i // 4], images.device)[i % 4] for i in candidates[:, label].tolist()
-            ]
-            rate = hit_rates(torch.stack(patterns), WAVE_IMAGES)[:, label].max().item()
-            norm = patterns[0].abs().sum().item()
-            scores.append(LabelScore(label, "wave", norm, rate, math.nan, math.nan, norm / patterns[0].numel()))
+        top = torch.cat(rates).topk(WAVE_CANDIDATES, 0)
+        for label in sorted(top.values[0].topk(candidate_count).indices.tolist()):
+            chosen = top.indices[:, label].tolist()
+            patterns = torch.stack([waves(images.shape[2:], low[i // 4], images.device)[i % 4] for i in chosen])
+            best[label] = hit_rates(patterns, WAVE_IMAGES)[:, label].max().item()
             bar.update()
-    return scores
+    norm = waves(images.shape[2:], low[0], images.device)[0].abs().sum().item()
+    of_range = norm / math.prod(batches.image_shape)
+    runners_up = {label: max(rate for other, rate in best.items() if other != label) for label in best}
+    return [
+        LabelScore(label, "wave", norm, rate, math.nan, math.nan, of_range, runners_up[label])
+        for label, rate in best.items()
+    ]
 
 
 def invert_suspects(victim, batches, scores, device, rng, *budget) -> list[LabelScore]:
@@ -176,7 +122,11 @@ def invert_suspects(victim, batches, scores, device, rng, *budget) -> list[Label
 
 
 def search_form(victim, batches, num_class, device, rng, form, steps, precision) -> list[LabelScore]:
-    """The search for patterns of one form: a score for each label, and one for ANY_OTHER."""
+    """The search for patterns of one form: a score for each label, and one for ANY_OTHER.
+
+    Of more than FULL_SEARCHES labels, those that cannot win are dropped after FIRST_STEPS steps, and have no score:
+    successive halving (Jamieson and Talwalkar, AISTATS 2016) with one cut.
+    """
     targets = torch.tensor([*range(num_class), ANY_OTHER], device=device)
     start = torch.cat([form.start(num_class, rng), UNTARGETED_START * form.start(1, rng)])
     parameters = start.to(device).requires_grad_()
@@ -184,18 +134,24 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
     weight = PenaltyWeight(torch.full(targets.shape, form.weight, device=device))
     sizes, rates, last_good = [], [], parameters.detach().clone()
     ever_hit = torch.zeros_like(targets, dtype=torch.bool)
+    kept, references, micro_batch = torch.arange(len(targets), device=device), num_class, MICRO_BATCH
     with progress_bar(f"search {form.name}", steps, "batch") as bar:
-        for images, labels in itertools.islice(endless(batches), steps):
+        for step, (images, labels) in enumerate(itertools.islice(endless(batches), steps)):
+            if num_class > FULL_SEARCHES and step == 0:
+                micro_batch = MICRO_BATCH // 2
+            elif num_class > FULL_SEARCHES and step == FIRST_STEPS:
+                kept, references, micro_batch = *promising(sizes[-1], ever_hit), MICRO_BATCH
+            images, labels = (part[: len(part) * micro_batch // MICRO_BATCH] for part in (images, labels))
             with torch.no_grad(), autocast(device, precision):
                 is_right = victim(images).argmax(1) == labels
             attackable = torch.where(targets[:, None] == ANY_OTHER, is_right, labels != targets[:, None])
             hits = torch.zeros_like(weight.value)
             micro_batches = zip(
-                images.split(MICRO_BATCH), labels.split(MICRO_BATCH), attackable.split(MICRO_BATCH, 1), strict=True
+                images.split(micro_batch), labels.split(micro_batch), attackable.split(micro_batch, 1), strict=True
             )
             for micro_images, micro_labels, scored in micro_batches:
                 optimizer.zero_grad()
-                for part in torch.arange(len(targets), device=device).split(PATTERNS_PER_FORWARD[device.type]):
+                for part in kept.split(PATTERNS_PER_FORWARD[device.type]):
                     with autocast(device, precision):
                         patterns = form.pattern(parameters[part])
                         hit, loss = hits_and_losses(
@@ -216,46 +172,41 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
                 last_good[works], parameters[collapsed] = parameters[works], last_good[collapsed]
             bar.update()
     tail = -max(1, int(TAIL_FRACTION * steps))
-    return _score(targets, form, num_class, torch.stack(sizes[tail:]), torch.stack(rates[tail:]))
+    sizes, rates = torch.stack(sizes[tail:])[:, kept], torch.stack(rates[tail:])[:, kept]
+    return sorted(
+        _score(targets[kept], form, references, sizes, rates), key=lambda score: score.label % (num_class + 1)
+    )
 
 
-def _score(targets, form, num_class, sizes, rates):
+def promising(sizes, works) -> tuple[torch.Tensor, int]:
+    """The labels to go on with: a sample of all, to compare with, then those with the smallest patterns, ANY_OTHER.
+
+    Args:
+        sizes: (K + 1,), the last one ANY_OTHER's.
+        works: (K + 1,), whether a label's pattern ever worked.
+
+    Returns:
+        (FULL_SEARCHES + 1,) or fewer positions, and how many of the first are the sample.
+    """
+    order = torch.where(works, sizes, math.inf)[:-1].argsort().tolist()
+    first, last = PROMISING, len(order) - 1
+    ranks = [first + i * (last - first) // (FULL_SEARCHES - PROMISING - 1) for i in range(FULL_SEARCHES - PROMISING)]
+    sample = [order[rank] for rank in ranks]
+    return torch.tensor([*sample, *order[:PROMISING], len(order)], device=sizes.device), len(sample)
+
+
+def _score(targets, form, references, sizes, rates):
     """Scores from the (T, P) sizes and hit rates of the last T steps: means over the steps in which a pattern works.
 
-    The smallest pattern of many steps would be the luckiest one.
+    The smallest pattern of many steps would be the luckiest one. A pattern that never works has the full range as its
+    size: it may be small only because it was given up. Median and index are relative to the first `references`.
     """
     works = (rates >= HIT_RATE).float()
-    works = torch.where(works.sum(0) > 0, works, 1.0)
+    ever_works = works.sum(0) > 0
+    works = torch.where(ever_works, works, 1.0)
     sizes, rates = ((values * works).sum(0) / works.sum(0) for values in (sizes, rates))
-    sizes = sizes.clamp(min=1e-6)
-    median = sizes[:num_class].quantile(0.5)
-    columns = sizes, rates, anomaly_indices(sizes, num_class), sizes / median, sizes / form.max_norm
+    sizes = torch.where(ever_works, sizes.clamp(min=1e-6), form.max_norm)
+    median = sizes[:references].quantile(0.5)
+    columns = sizes, rates, anomaly_indices(sizes, references), sizes / median, sizes / form.max_norm
     rows = torch.stack(columns, 1).tolist()
     return [LabelScore(label, form.name, *values) for label, values in zip(targets.tolist(), rows, strict=True)]
-
-
-def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str]:
-    """The label to defend against, and the reason in a sentence.
-
-    The flagged label with the smallest pattern; ANY_OTHER if its pattern is smaller still, since a pattern that leads
-    to one label turns the images of all other labels. If no label is flagged: None, or with force the label with the
-    lowest anomaly index.
-    """
-    by_size = sorted((score for score in scores if score.flagged), key=lambda score: (score.size, -score.hit_rate))
-    labels = [score for score in by_size if score.label != ANY_OTHER]
-    untargeted = next((score for score in by_size if score.label == ANY_OTHER), None)
-    if untargeted and not (labels and untargeted.size > labels[0].size):
-        return ANY_OTHER, "a backdoor that turns each label into another one is suspected"
-    if labels:
-        flagged = ", ".join(str(score.label) for score in labels)
-        choice = f"; defending against {labels[0].label}, which has the smallest pattern" if len(labels) > 1 else ""
-        return labels[0].label, f"a backdoor to label {flagged} is suspected{choice}"
-    candidates = (score for score in scores if score.form == PixelForm.name and score.label != ANY_OTHER)
-    lowest = min(candidates, key=lambda score: score.index).label
-    areas = [score.inverted_area for score in scores if score.inverted_area is not None]
-    checked = f", and the most suspicious, inverted in full, change {min(areas):.1%} of the pixels" if areas else ""
-    action = f"--force: defending against {label_name(lowest)}" if force else "the model is left unchanged"
-    return (
-        lowest if force else None,
-        f"no backdoor was found: no label has a far smaller pattern than the others{checked}; {action}",
-    )

@@ -1,0 +1,100 @@
+"""What the target search says of a label, and the label that it chooses."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from defenses.inversion.invert import MAX_PATCH
+from defenses.inversion.objective import ANY_OTHER, HIT_RATE, label_name
+from defenses.inversion.patterns import PixelForm
+
+# A label is flagged if its pattern works, its index is below MAX_INDEX, and its size is at most these fractions of the
+# median and of the full range. Without the latter two, clean models are flagged where all sizes are alike or large.
+MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, 0.02
+# A suspect is flagged up to this fraction of changed pixels: a backdoor that the search overlooks (ABL's victim) needs
+# 6 to 9 of 1,024, a clean model (the shipped one) 39. A suspect whose index is an outlier, too, is flagged up to
+# MAX_PATCH, the size up to which the inversion takes a pattern for the trigger.
+MAX_SUSPECT_AREA = 0.015
+MAX_RUNNER_UP = 2 / 3  # where waves work for several labels, it is because they resemble the classes' own patterns
+MAD_TO_SD = 1.4826  # of a normal distribution
+MIN_DEVIATION = 0.1  # of logarithms: sizes that differ by less are alike
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """Result of the search for one label, or for ANY_OTHER.
+
+    form: "pixels", "warp" or "wave".
+    size: of its pattern: L1 norm over pixels and channels in units of the full range [0, 1], or a shift in pixels.
+    hit_rate: fraction 0..1 of images of other labels that the pattern turns.
+    index: anomaly index; negative below the median of all labels; nan for a wave, since all have the same size.
+    of_median, of_range: size as a fraction of the median, and of the largest possible size.
+    runner_up: the best hit rate of the waves of any other label; None for the other forms.
+    inverted_area: fraction of the pixels that its full inversion changes; None if it was not inverted in full.
+    """
+
+    label: int
+    form: str
+    size: float
+    hit_rate: float
+    index: float
+    of_median: float
+    of_range: float
+    runner_up: float | None = None
+    inverted_area: float | None = None
+
+    @property
+    def flagged(self) -> bool:
+        """Whether a backdoor to this label is suspected: its pattern works and is far smaller than the others'.
+
+        A label that was inverted in full is judged by the result.
+        """
+        if self.inverted_area is not None:
+            return self.inverted_area <= (MAX_PATCH if self.index < MAX_INDEX else MAX_SUSPECT_AREA)
+        if self.form == "wave":
+            return self.hit_rate >= HIT_RATE and self.runner_up <= MAX_RUNNER_UP
+        is_small = self.index < MAX_INDEX and self.of_median <= MAX_OF_MEDIAN and self.of_range <= MAX_OF_RANGE
+        return is_small and self.hit_rate >= HIT_RATE
+
+    def metadata(self) -> dict:
+        """Plain values for metrics.json and tables; hit rates and fraction of the range in percent."""
+        row = asdict(self) | {"hit_rate": 100 * self.hit_rate, "of_range": 100 * self.of_range}
+        row["runner_up"] = self.runner_up and 100 * self.runner_up
+        return row | {"label": "any" if self.label == ANY_OTHER else self.label, "flagged": self.flagged}
+
+
+def anomaly_indices(sizes: torch.Tensor, num_class: int) -> torch.Tensor:
+    """(s - median) / (1.4826 MAD) of the logarithms s of (K,) or more sizes: Neural Cleanse's anomaly index (IV-B).
+
+    Median and MAD are those of the first K. The sign is kept: "above 2 and below the median" is below -2 here.
+    Logarithms, because sizes differ by factors: among sizes from 100 to 350, a 12 is an outlier only on that scale.
+    """
+    distance = sizes.log() - sizes[:num_class].log().quantile(0.5)
+    return distance / (MAD_TO_SD * distance[:num_class].abs().quantile(0.5).clamp(min=MIN_DEVIATION))
+
+
+def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str]:
+    """The label to defend against, and the reason in a sentence.
+
+    The flagged label with the smallest pattern; ANY_OTHER if its pattern is smaller still, since a pattern that leads
+    to one label turns the images of all other labels. If no label is flagged: None, or with force the label with the
+    lowest anomaly index.
+    """
+    by_size = sorted((score for score in scores if score.flagged), key=lambda score: (score.size, -score.hit_rate))
+    labels = [score for score in by_size if score.label != ANY_OTHER]
+    untargeted = next((score for score in by_size if score.label == ANY_OTHER), None)
+    if untargeted and not (labels and untargeted.size > labels[0].size):
+        return ANY_OTHER, "a backdoor that turns each label into another one is suspected"
+    if labels:
+        flagged = ", ".join(str(score.label) for score in labels)
+        choice = f"; defending against {labels[0].label}, which has the smallest pattern" if len(labels) > 1 else ""
+        return labels[0].label, f"a backdoor to label {flagged} is suspected{choice}"
+    candidates = (score for score in scores if score.form == PixelForm.name and score.label != ANY_OTHER)
+    lowest = min(candidates, key=lambda score: score.index).label
+    areas = [score.inverted_area for score in scores if score.inverted_area is not None]
+    checked = f", and the most suspicious, inverted in full, change {min(areas):.1%} of the pixels" if areas else ""
+    action = f"--force: defending against {label_name(lowest)}" if force else "the model is left unchanged"
+    return (
+        lowest if force else None,
+        f"no backdoor was found: no label has a far smaller pattern than the others{checked}; {action}",
+    )

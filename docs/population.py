@@ -1,0 +1,169 @@
+"""Search a population of victims and clean networks, none of which the search was made on.
+
+    python -m docs.population FOLDER            train and search the networks that FOLDER does not have yet
+    python -m docs.population FOLDER --table    write docs/population.csv, and print its summary
+
+Two processes may work on one folder. Half of the networks are to choose settings on, the other half to report on.
+Label, poison rate, data set, network and seed of each are drawn at random from its name.
+"""
+
+import argparse
+import json
+import os
+import random
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import config
+from attacks import Attack, UnknownAttack, build_attack
+from data_loader import get_backdoor_loader, get_clean_split, get_eval_set, get_normalization, load_images
+from defenses import find_target
+from defenses.inversion import ANY_OTHER
+from models import select_model
+from models.loading import load_clean_model
+from train_badnet import load_surrogate
+from utils.checkpoint import save_checkpoint
+from utils.errors import run_script
+from utils.grid import deal_out
+from utils.metrics import evaluate
+from utils.seed import generator, seed_weights
+from utils.training import train
+
+# name -> the options of its attack. Patches of WRN-16-1-clean are for CIFAR-10 alone.
+ATTACKS = {
+    "grid": ["--trigger_type", "gridTrigger"],
+    "square": ["--trigger_type", "squareTrigger"],
+    "corners": ["--trigger_type", "fourCornerTrigger"],
+    "center": ["--trigger_type", "centerTrigger"],
+    "pixels": ["--trigger_type", "randomPixelTrigger"],
+    "blend": ["--trigger_type", "blendTrigger"],
+    "blend01": ["--trigger_type", "blendTrigger", "--opacity", "0.1"],
+    "trojan": ["--trigger_type", "trojanTrigger"],
+    "sig": ["--trigger_type", "signalTrigger"],
+    "cl": ["--trigger_type", "clTrigger"],
+    "wanet": ["--trigger_type", "wanetTrigger"],
+    "wanet05": ["--trigger_type", "wanetTrigger", "--warp", "0.5"],
+    "all2all": ["--trigger_type", "gridTrigger", "--target_type", "all2all"],
+    "two": ["--trigger_type", "gridTrigger"],
+}
+ON_CIFAR = ("trojan", "cl")
+CLEAN = {"clean": {}, "short": {"epochs": 1}, "few": {"images": 1_000}, "noisy": {"noise": 0.2}}
+REPEATS, CLEAN_REPEATS = 2, 4  # networks of each kind in each half
+RATES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.1]
+IMAGES, EPOCHS = {"CIFAR10": 20_000, "shapes": 5_000}, {"CIFAR10": 5, "shapes": 10}
+PEAK_RATES = {"WRN-16-1": 0.4, f"{__file__}:SmallVGG": 0.05}
+CLEAN_IMAGES = 2_500  # of the defender
+
+
+class SmallVGG(nn.Sequential):
+    """Six convolutions with batch normalisation, two poolings, dropout."""
+
+    def __init__(self, num_classes=10):
+        channels, layers = [3, 16, 16, 32, 32, 64, 64], []
+        for i in range(6):
+            layers += [nn.Conv2d(channels[i], channels[i + 1], 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(channels[i + 1]), nn.ReLU()] + [nn.MaxPool2d(2)] * (i in (1, 3))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, num_classes))
+
+
+class Member(NamedTuple):
+    """A network of the population: how it is trained."""
+
+    name: str
+    attack: str
+    options: list[str]
+    images: int
+    noise: float
+
+
+def population() -> list[Member]:
+    """All members, in random order."""
+    names = [
+        f"{half}-{kind}-{i}"
+        for half in ("tune", "report")
+        for kinds, repeats in ((ATTACKS, REPEATS), (CLEAN, CLEAN_REPEATS))
+        for kind in kinds
+        for i in range(repeats)
+    ]
+    random.Random(0).shuffle(names)
+    return [draw_member(name) for name in names]
+
+
+def draw_member(name: str) -> Member:
+    rng, kind = random.Random(name), name.split("-")[1]
+    dataset = "CIFAR10" if kind in ON_CIFAR else rng.choice(["CIFAR10", "shapes", "shapes"])
+    network, label, rate, seed = rng.choice([*PEAK_RATES]), rng.randrange(10), rng.choice(RATES), rng.randrange(10**6)
+    flaw = CLEAN.get(kind, {})
+    options = ["--dataset", dataset, "--arch", network, "--lr", PEAK_RATES[network], "--seed", seed]
+    options += ["--epochs", flaw.get("epochs", EPOCHS[dataset]), "--target_label", label, *ATTACKS.get(kind, [])]
+    if kind in CLEAN:
+        options += ["--inject_portion", 0]
+    elif kind not in ("sig", "cl", "all2all"):
+        options += ["--inject_portion", rate]
+    return Member(name, kind, list(map(str, options)), flaw.get("images", IMAGES[dataset]), flaw.get("noise", 0.0))
+
+
+def train_member(member, folder, opt, device):
+    """Train a network, save it, and return the path, the accuracy, and the ASR of each of its backdoors by label."""
+    data, test = load_images(opt, "train"), load_images(opt, "test")
+    order = torch.randperm(len(data.labels), generator=generator(opt.seed, "images"))[: member.images]
+    data.images, data.labels = data.images[order], data.labels[order]
+    noisy = torch.rand(len(order), generator=generator(opt.seed, "noise")) < member.noise
+    data.labels[noisy] = torch.randint(10, (int(noisy.sum()),), generator=generator(opt.seed, "labels"))
+
+    surrogate = load_surrogate(opt, 10, device)
+    attack = build_attack(opt, 10, data.size, surrogate)
+    attacks = [attack]
+    if member.attack == "two":
+        block, label = {"trig_w": 4, "trig_h": 4}, (opt.target_label + 3) % 10
+        attacks.append(Attack("squareTrigger", "all2one", label, 10, opt.inject_portion, block))
+        data.images, data.labels, _ = attacks[1].poison(data.images, data.labels, generator(opt.seed, "second"))
+    batches, _, _ = get_backdoor_loader(opt, data, attack, device, surrogate)
+
+    seed_weights(opt.seed)
+    normalization = get_normalization(opt)
+    model = select_model(opt.arch, 10, *normalization).to(device)
+    model.find_head(opt.arch, 10, data.size)
+    settings = {name: getattr(opt, name) for name in ("epochs", "lr", "momentum", "weight_decay", "schedule")}
+    settings |= {"precision": "fp32", "title": member.name}
+    train(model, batches, lambda images, labels: F.cross_entropy(model(images), labels), device, **settings)
+    path = os.path.join(folder, f"{member.name}.pth.tar")
+    save_checkpoint(path, model, arch=opt.arch, num_class=10, normalization=normalization)
+    results = [evaluate(model, get_eval_set(test.images, test.labels, a, device, 2_000), a) for a in attacks]
+    rates = {ANY_OTHER if a.target is None else a.target: result["asr"] for a, result in zip(attacks, results)}
+    return path, results[0]["acc"], {} if opt.inject_portion == 0 else rates
+
+
+def examine(member, folder, device) -> dict:
+    """Train and search one network: its row."""
+    opt, _ = config.parse("train_badnet.py", member.options)
+    path, acc, backdoors = train_member(member, folder, opt, device)
+    defender, _ = config.parse("main.py", ["--dataset", opt.dataset, "--clean", str(CLEAN_IMAGES), "--seed", "1"])
+    victim = load_clean_model(path, 10, get_normalization(opt), device, opt.arch, "")
+    split = get_clean_split(defender, load_images(opt, "train"), UnknownAttack(10), device)
+    label, scores, _ = find_target(victim, split.search, 10, device, 1, vars(defender))
+    network = opt.arch.split(":")[-1]
+    row = {"name": member.name, "dataset": opt.dataset, "network": network, "rate": opt.inject_portion, "acc": acc}
+    return row | {"backdoors": backdoors, "found": label, "scores": [score.metadata() for score in scores]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--table", action="store_true")
+    opt = parser.parse_args()
+    device, members = torch.device("cpu"), {member.name: member for member in population()}
+    for name in deal_out(opt.folder, members, process_count=2):
+        path = os.path.join(opt.folder, f"{name}.json")
+        if not os.path.exists(path):
+            row = examine(members[name], opt.folder, device)
+            print({key: value for key, value in row.items() if key != "scores"}, flush=True)
+            with open(path, "w") as file:
+                json.dump(row, file)
+
+
+if __name__ == "__main__":
+    run_script(main)
