@@ -215,7 +215,8 @@ def _add_defense(parser):
     add = parser.add_argument_group("defense (in brackets: the defenses that use the option, and default)").add_argument
     add_own = partial(cli.add_method_option, add, DEFENSES)
     add("--model", nargs="+", help="checkpoint of the victim (default: weight/<dataset>/WRN-16-1-badnet.pth.tar)")
-    add("--defense", choices=[*DEFENSES, "none", "all"], help="none: only measure; all: compare the defenses")
+    defenses = {"nargs": "+", "choices": [*DEFENSES, "none", "all"], "metavar": "DEFENSE"}
+    add("--defense", **defenses, help=f"{', '.join(DEFENSES)}; several, or all: compare them; none: only measure")
     add("--ratio", type=cli.fraction, help="size of the clean split, as a fraction of the training images")
     add("--clean", type=cli.positive, help="number of clean images, equally many of each class, in place of --ratio")
     add("--seeds", type=cli.int64, nargs="+", metavar="SEED", help="repeat each run with these seeds: mean and spread")
@@ -264,7 +265,10 @@ def parse(script: str, argv: list[str] | None = None, description: str | None = 
     cli.fill_in_defaults(options, methods["trigger_type"][options.trigger_type])
     if script == "main.py":
         methods["defense"] = DEFENSES
-        cli.fill_in_defaults(options, DEFENSES.get(options.defense, {}))
+        names = list(dict.fromkeys(cli.listed(options.defense)))
+        names = list(DEFENSES) if "all" in names else names
+        options.defense = names if len(names) > 1 else names[0]
+        cli.fill_in_defaults(options, DEFENSES.get(names[0], {}) if len(names) == 1 else {})
     cli.check_options(parser, options, explicit, methods)
     return options, explicit
 

@@ -4,7 +4,7 @@
     python main.py --dataset shapes                 the same on drawn images: no download
     python main.py --model FILE                     purify a model of your own
     python main.py --model FILE --defense none      only measure it
-    python main.py --defense all --model FILE ...   compare the defenses on one victim or several
+    python main.py --defense all --model FILE ...   compare the defenses, or those named, on one victim or several
     torchrun --nproc_per_node=N main.py ...         the same, the runs of the comparison dealt out to N processes
 
 Searches for the target label; if no label is flagged, the model is left unchanged. Prints ACC and ASR before and after.
@@ -21,11 +21,11 @@ from attacks import Attack, UnknownAttack, build_attack
 from attacks.retune import retuned_metrics
 from attacks.stated import ATTACK_OPTIONS, options_as_used
 from data_loader import get_clean_split, get_eval_set, get_normalization, get_retuning_batches, load_images
-from defenses import DEFENSE_FUNCTIONS, MAX_HIT_RATE, DefenseContext, find_target, remove_backdoors
+from defenses import MAX_HIT_RATE, DefenseContext, find_target, remove_backdoors
 from defenses.inversion import ANY_OTHER, label_name
 from models.loading import load_classifier, load_clean_model
 from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
-from utils.cli import is_comparison
+from utils.cli import is_comparison, listed
 from utils.datasets import MIRRORED
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.distributed import torchrun_processes
@@ -151,7 +151,7 @@ def compare(opt, explicit, processes):
 
 def planned_runs(opt, name) -> dict:
     """The runs of a comparison: name of the results folder -> name of the victim, options of the run."""
-    defenses = list(DEFENSE_FUNCTIONS) if opt.defense == "all" else [opt.defense]
+    defenses = listed(opt.defense)
     victims, seeds, runs = [file_stem(path) for path in opt.model], opt.seeds or [opt.seed], {}
     if len(set(victims)) < len(victims):
         victims = [f"{number}-{victim}" for number, victim in enumerate(victims, 1)]

@@ -45,7 +45,8 @@ from utils.errors import RunError, UserError, run_script
         (["--contrast", "none", "--temperature", "1"], "--temperature applies only with --contrast others or all"),
         (["--target", "3", "--force"], "--force applies only with --target auto"),
         (["--target", "-1"], "-1 is not auto, any, or a label"),
-        (["--resume"], "--resume applies only with --defense all, several models or several --seeds"),
+        (["--defense", "nc", "ft", "--rho", "1"], "--rho applies only with --defense ftsam or pam"),
+        (["--resume"], "--resume applies only with several defenses, models or --seeds"),
         (["--seed", "1", "--seeds", "2"], "--seed applies only with one seed, without --seeds"),
         (["--defense", "none", "--ratio", "0.1"], "--ratio applies only with a --defense other than none"),
     ],
@@ -123,6 +124,13 @@ def test_a_comparison_gives_each_defense_its_recipe_and_the_explicit_options():
     assert (ft.epochs, ft.lr, ft.temperature, ft.target) == (20, 0.5, None, None)
     assert cli.is_comparison(config.parse("main.py", ["--model", "a", "b"])[0])
     assert not cli.is_comparison(config.parse("main.py", ["--model", "a"])[0])
+
+
+def test_several_defenses_are_compared_each_once():
+    options, _ = config.parse("main.py", ["--defense", "nc", "mcl", "nc", "--temperature", "1"])
+    assert (options.defense, cli.is_comparison(options)) == (["nc", "mcl"], True)
+    assert config.parse("main.py", ["--defense", "ft", "all"])[0].defense == list(config.DEFENSES)
+    assert config.parse("main.py", ["--defense", "nc", "nc"])[0].defense == "nc"
 
 
 @pytest.mark.parametrize(

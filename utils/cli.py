@@ -99,20 +99,25 @@ def check_options(parser, options, explicit: set[str], methods: Methods) -> None
     for name in sorted(explicit):
         for selector, options_of in methods.items():
             users = [method for method, defaults in options_of.items() if name in defaults]
-            if users and getattr(options, selector) not in [*users, "all"]:
+            if users and not set(users) & set(listed(getattr(options, selector))):
                 parser.error(f"--{name} applies only with --{selector} {' or '.join(users)}")
         condition, applies = OPTION_CONDITIONS.get(name, ("", lambda _: True))
         if not applies(options):
             parser.error(f"--{name} applies only with {condition}")
 
 
+def listed(value: str | list[str]) -> list[str]:
+    """The values of an option that takes one or several."""
+    return [value] if isinstance(value, str) else value
+
+
 def is_comparison(options: argparse.Namespace) -> bool:
     """Whether main.py compares several defenses, models or seeds."""
-    return options.defense == "all" or len(options.model or []) > 1 or len(options.seeds or []) > 1
+    return len(listed(options.defense)) > 1 or len(options.model or []) > 1 or len(options.seeds or []) > 1
 
 
 # Options valid only in combination with another: (condition in words, predicate).
-_FINETUNED = ("--positive finetuned", lambda opt: opt.defense == "all" or opt.positive != "backdoored")
+_FINETUNED = ("--positive finetuned", lambda opt: len(listed(opt.defense)) > 1 or opt.positive != "backdoored")
 _DEFENDS = ("a --defense other than none", lambda opt: getattr(opt, "defense", None) != "none")
 _POISONS = ("--inject_portion above 0", lambda opt: opt.inject_portion > 0)
 OPTION_CONDITIONS = {
@@ -126,7 +131,7 @@ OPTION_CONDITIONS = {
     "force": ("--target auto", lambda opt: opt.target in (None, "auto")),
     "seed": ("one seed, without --seeds", lambda opt: not getattr(opt, "seeds", None)),
     "resume": (
-        "--defense all, several models or several --seeds",
+        "several defenses, models or --seeds",
         lambda opt: not hasattr(opt, "defense") or is_comparison(opt),
     ),
     "tensorboard": (
