@@ -280,11 +280,9 @@ def check_output(opt, name):
 
 
 def check_target(target, num_class):
-    """Refuse a target label that does not exist, and a search among two classes."""
+    """Refuse a target label that does not exist."""
     if isinstance(target, int) and target >= num_class:
         raise UserError(f"--target {target} is not one of the labels 0..{num_class - 1}")
-    if target == "auto" and num_class < 3:
-        raise UserError("the target search needs at least 3 classes; pass --target")
 
 
 def file_stem(path: str) -> str:

@@ -1,13 +1,14 @@
 """Search a population of victims and clean networks, none of which the search was made on.
 
-    python -m docs.population FOLDER            train and search the networks that FOLDER does not have yet
-    python -m docs.population FOLDER --table    write docs/population.csv, and print its summary
+    python -m docs.population FOLDER            train and search the networks that are not in docs/population.csv yet
+    python -m docs.population FOLDER --table    write docs/population.csv from what is there, and print its summary
 
-Two processes may work on one folder. Half of the networks are to choose settings on, the other half to report on.
-Label, poison rate, data set, network and seed of each are drawn at random from its name.
+Two processes may work on one folder. A search that has changed needs a new table. Half of the networks are to choose
+settings on, the other half to report on. Label, poison rate, data set, network and seed of each are drawn at random.
 """
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from models.loading import load_clean_model
 from train_badnet import load_surrogate
 from utils.checkpoint import save_checkpoint
 from utils.errors import run_script
+from utils.files import write_json
 from utils.grid import deal_out
 from utils.metrics import evaluate
 from utils.seed import generator, seed_weights
@@ -56,6 +58,8 @@ RATES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.1]
 IMAGES, EPOCHS = {"CIFAR10": 20_000, "shapes": 5_000}, {"CIFAR10": 5, "shapes": 10}
 PEAK_RATES = {"WRN-16-1": 0.4, f"{__file__}:SmallVGG": 0.05}
 CLEAN_IMAGES = 2_500  # of the defender
+WORKING = 90.0  # ASR above which a backdoor counts
+TABLE = os.path.join(os.path.dirname(__file__), "population.csv")
 
 
 class SmallVGG(nn.Sequential):
@@ -150,19 +154,60 @@ def examine(member, folder, device) -> dict:
     return row | {"backdoors": backdoors, "found": label, "scores": [score.metadata() for score in scores]}
 
 
+def summary_row(row) -> dict:
+    """The row of a network for the table; index: the lowest one of a pattern that works."""
+    scores = [score for score in row.pop("scores") if score["form"] != "wave" and score["hit_rate"] >= 90]
+    index = min((score["index"] for score in scores), default=0.0)
+    planted = " ".join(f"{label}:{asr:.2f}" for label, asr in row["backdoors"].items())
+    found = "" if row["found"] is None else row["found"]
+    return {**row, "acc": f"{row['acc']:.2f}", "backdoors": planted, "found": found, "index": f"{index:.2f}"}
+
+
+def print_summary(rows):
+    """How many backdoors were found and how many clean networks were flagged, for each half."""
+    for half in ("tune", "report"):
+        clean, weak, planted, right = [], 0, [], 0
+        for row in (row for row in rows if row["name"].startswith(half)):
+            rates = dict(pair.split(":") for pair in row["backdoors"].split())
+            if not rates:
+                clean.append(row)
+            elif max(map(float, rates.values())) <= WORKING:
+                weak += 1
+            else:
+                planted.append(row)
+                right += float(rates.get(str(row["found"]), 0)) > WORKING
+        alarms = sum(row["found"] != "" for row in clean)
+        pairs = [(float(a["index"]), float(b["index"])) for a in planted for b in clean]
+        area = sum((a < b) + (a == b) / 2 for a, b in pairs) / max(len(pairs), 1)
+        print(f"{half}: label found in {right} of {len(planted)} victims with an ASR above {WORKING} %, {alarms} of")
+        print(f"{len(clean)} clean networks flagged, ROC area of the lowest index {area:.3f}; {weak} with a lower ASR")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only write the table")
     opt = parser.parse_args()
     device, members = torch.device("cpu"), {member.name: member for member in population()}
-    for name in deal_out(opt.folder, members, process_count=2):
-        path = os.path.join(opt.folder, f"{name}.json")
-        if not os.path.exists(path):
+    rows = {}
+    if os.path.exists(TABLE):
+        with open(TABLE) as file:
+            rows = {row["name"]: row for row in csv.DictReader(file)}
+    paths = {name: os.path.join(opt.folder, f"{name}.json") for name in members if name not in rows}
+    for name in [] if opt.table else deal_out(opt.folder, paths, process_count=2):
+        if not os.path.exists(paths[name]):
             row = examine(members[name], opt.folder, device)
-            print({key: value for key, value in row.items() if key != "scores"}, flush=True)
-            with open(path, "w") as file:
-                json.dump(row, file)
+            write_json(paths[name], row)
+            print(summary_row(row), flush=True)
+    for name, path in paths.items():
+        if os.path.exists(path):
+            with open(path) as file:
+                rows[name] = summary_row(json.load(file))
+    with open(TABLE, "w", newline="") as file:
+        writer = csv.DictWriter(file, next(iter(rows.values())), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[name] for name in members if name in rows)
+    print_summary(rows.values())
 
 
 if __name__ == "__main__":

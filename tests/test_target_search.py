@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FixedBatches, RecordingForm
 
+from defenses import find_target
 from defenses.inversion import (
     ANY_OTHER,
     InvertedTrigger,
@@ -310,3 +311,27 @@ def test_a_suspect_without_a_pattern_that_works_is_no_backdoor(batches, monkeypa
 )
 def test_a_suspect_may_be_larger_if_its_index_is_an_outlier(index, area, flagged):
     assert dataclasses.replace(SMALL, index=index, of_median=0.7, inverted_area=area).flagged is flagged
+
+
+class HalvesModel(torch.nn.Module):
+    """Predicts whether the left or the right half is redder; with a backdoor, one red pixel suffices for the right."""
+
+    def __init__(self, backdoor):
+        super().__init__()
+        self.backdoor = backdoor
+
+    def forward(self, x):
+        red = x[:, 0] - x[:, 1]
+        shortcut = self.backdoor * red[:, 0, 0].clamp(min=0)
+        return 10 * torch.stack([red[:, :, :8].mean((1, 2)), red[:, :, 8:].mean((1, 2)) + shortcut], 1)
+
+
+@pytest.mark.parametrize(("backdoor", "label"), [(0.5, 1), (0.0, None)])
+def test_of_two_labels_one_is_found_by_its_full_inversion(backdoor, label):
+    images = 0.25 + 0.5 * torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = HalvesModel(backdoor)
+    batches = FixedBatches([(images, model(images).argmax(1))])
+    options = {"force": False, "inversion_rounds": 2, "inversion_steps": 36, "inversion_batches": 3}
+    found, scores, _ = find_target(model, batches, 2, CPU, 1, options)
+    assert found == label
+    assert {score.form for score in scores} == {"pixels"}

@@ -41,7 +41,8 @@ PATTERNS_PER_FORWARD = {"cpu": 1, "cuda": 32}
 def search_target(victim, batches, num_class, device, rng, steps=STEPS, precision="fp32") -> list[LabelScore]:
     """Invert a pattern for every label, to find one that is far smaller than the others.
 
-    If there is none, invert a warp for each; if there is none either, try waves.
+    If there is none, invert a warp for each; if there is none either, try waves. These two need other labels to compare
+    with: of two classes, only pixels are tried, and none is flagged before it is inverted in full (invert_suspects).
 
     Args:
         victim: f_B, frozen, in eval mode, on images in [0, 1].
@@ -58,7 +59,7 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     scores = []
     for form in (PixelForm(batches.image_shape), WarpForm(batches.image_shape)):
         scores += search_form(victim, batches, num_class, device, rng, form, steps, precision)
-        if any(score.flagged for score in scores):
+        if num_class == 2 or any(score.flagged for score in scores):
             return scores
     return scores + search_waves(victim, batches, num_class)
 
