@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from utils.shapes import draw_shapes
 
-BORDER = 4  # of 32 pixels
+BORDER = 2  # of 32 pixels
 
 
 def main():

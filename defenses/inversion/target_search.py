@@ -26,7 +26,7 @@ UNTARGETED_START = 0.3  # scale of ANY_OTHER's start: at 1 the noise alone turns
 # Of more than so many labels, the PROMISING ones with the smallest patterns are searched in full, and a sample of the
 # others to compare them with; all share the first steps, on half of the images. After 20 steps the target label of each
 # victim in weight/ and of the paper's has the smallest pattern; after 12, the paper's does not.
-FULL_SEARCHES, PROMISING, FIRST_STEPS = 12, 4, 20
+FULL_SEARCHES, PROMISING, FIRST_STEPS = 10, 4, 20
 TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate are averaged
 SUSPECTS = 2  # labels inverted in full if none is flagged
 # Waves of up to so many cycles a side are tried. The best of them turns at most 72 % of the images of models without a
@@ -152,7 +152,7 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             )
             for micro_images, micro_labels, scored in micro_batches:
                 optimizer.zero_grad()
-                for part in kept.split(PATTERNS_PER_FORWARD[device.type]):
+                for part in kept.split(PATTERNS_PER_FORWARD[device.type] * MICRO_BATCH // micro_batch):
                     with autocast(device, precision):
                         patterns = form.pattern(parameters[part])
                         hit, loss = hits_and_losses(
