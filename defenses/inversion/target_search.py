@@ -24,8 +24,8 @@ STEPS = 50  # batches
 MICRO_BATCH = 16  # images an update: more updates for the same number of images find smaller patterns
 UNTARGETED_START = 0.3  # scale of ANY_OTHER's start: at 1 the noise alone turns every image
 # Of more than so many labels, the PROMISING ones with the smallest patterns are searched in full, and a sample of the
-# others to compare them with; all share the first steps, on half of the images. After 20 steps the target label of each
-# victim in weight/ and of the paper's has the smallest pattern; after 12, the paper's does not.
+# others to compare them with; all share the first steps, on half of the images. After 20 steps the target labels of six
+# victims of ten classes have the smallest patterns; after 12, that of the paper's is the last of ten.
 FULL_SEARCHES, PROMISING, FIRST_STEPS = 10, 4, 20
 TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate are averaged
 SUSPECTS = 2  # labels inverted in full if none is flagged
