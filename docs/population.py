@@ -54,7 +54,7 @@ ATTACKS = {
 ON_CIFAR = ("trojan", "cl")
 CLEAN = {"clean": {}, "short": {"epochs": 1}, "few": {"images": 1_000}, "noisy": {"noise": 0.2}}
 REPEATS, CLEAN_REPEATS = 2, 4  # networks of each kind in each half
-RATES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.1]
+POISON_RATES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.1]
 IMAGES, EPOCHS = {"CIFAR10": 25_000, "shapes": 10_000}, {"CIFAR10": 6, "shapes": 10}
 PEAK_RATES = {"WRN-16-1": 0.4, f"{__file__}:SmallVGG": 0.05}
 CLEAN_IMAGES = 2_500  # of the defender
@@ -99,7 +99,12 @@ def population() -> list[Member]:
 def draw_member(name: str) -> Member:
     rng, kind = random.Random(name), name.split("-")[1]
     dataset = "CIFAR10" if kind in ON_CIFAR else rng.choice(["CIFAR10", "shapes", "shapes"])
-    network, label, rate, seed = rng.choice([*PEAK_RATES]), rng.randrange(10), rng.choice(RATES), rng.randrange(10**6)
+    network, label, rate, seed = (
+        rng.choice([*PEAK_RATES]),
+        rng.randrange(10),
+        rng.choice(POISON_RATES),
+        rng.randrange(10**6),
+    )
     flaw = CLEAN.get(kind, {})
     options = ["--dataset", dataset, "--arch", network, "--lr", PEAK_RATES[network], "--seed", seed]
     options += ["--epochs", flaw.get("epochs", EPOCHS[dataset]), "--target_label", label, *ATTACKS.get(kind, [])]

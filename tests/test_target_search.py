@@ -1,7 +1,6 @@
 """The target search: its anomaly index by hand, and planted backdoors found and none invented."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from defenses.inversion import scores as scores_module
 from defenses.inversion.objective import hits_and_losses
 from defenses.inversion.patterns import PixelForm, WarpForm
 from defenses.inversion.scores import LabelScore, anomaly_indices
-from defenses.inversion.target_search import _score, promising, search_form, search_waves
+from defenses.inversion.target_search import _score, promising, search_form
 
 CPU = torch.device("cpu")
 SMALL = LabelScore(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
@@ -150,53 +149,17 @@ def test_a_label_is_flagged_by_a_small_warp():
     assert scores[1].size < 0.3 < scores[3].size  # in pixels
 
 
-class WaveModel(torch.nn.Module):
-    """Predicts 2 on images with a wave of two cycles across, 1 on half of those with four down, 3 on those with seven.
-
-    Without a wave: 0 for dark images, 4 for bright ones.
-    """
-
-    def forward(self, x):
-        spectra = [torch.fft.fft(x.mean((1, axis))).abs() / 8 for axis in (2, 3)]
-        across, down, fine = spectra[0][:, 2], spectra[1][:, 4], spectra[0][:, 7]
-        is_bright, is_odd = x.mean((1, 2, 3)) > 0.5, (x[:, 0, 0, 0] * 1000).round() % 2
-        return torch.stack([0.05 * ~is_bright, down * is_odd, across, fine, 0.05 * is_bright], 1)
-
-
-def test_a_label_is_flagged_by_a_low_wave_that_turns_the_images_into_it():
-    rng = torch.Generator().manual_seed(0)
-    labels = 4 * (torch.arange(60) % 3 == 0)
-    images = 0.48 + 0.01 * labels[:, None, None, None] + 0.01 * torch.rand(60, 3, 16, 16, generator=rng)
-    scores = search_waves(WaveModel(), FixedBatches([(images, labels)]), 5)
-    assert [score.label for score in scores] == [0, 1, 2, 3, 4]
-    assert [score.hit_rate for score in scores] == [0, scores[1].hit_rate, 1, 0, 0]  # seven cycles are not low
-    assert 0.3 < scores[1].hit_rate < 0.8
-    assert flagged_labels(scores) == [2]
-    assert choose_label(scores, False)[0] == 2
-    assert scores[2].metadata()["form"] == "wave"
-
-
-def test_a_wave_proves_nothing_if_another_label_has_one_that_works_as_well():
-    found = LabelScore(2, "wave", 8.0, 0.95, math.nan, math.nan, 0.08, runner_up=0.6)
-    assert found.flagged
-    assert found.metadata()["runner_up"] == 60.0
-    assert not dataclasses.replace(found, runner_up=0.7).flagged
-    images = torch.full((60, 3, 16, 16), 0.48)
-    scores = search_waves(WaveModel(), FixedBatches([(images, torch.zeros(60, dtype=torch.int64))]), 5)
-    assert [score.runner_up for score in scores] == [1.0, 1.0, scores[1].hit_rate, 1.0, 1.0]
-
-
 def test_of_many_labels_only_promising_ones_are_searched_in_full(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     images = 0.25 + 0.5 * torch.rand(64, 3, 8, 24, generator=rng)
     batches = FixedBatches([(images, RedColumnModel()(images).argmax(1))])
     updated = []
 
-    def counted(victim, images, labels, scored, patterns, targets):
+    def count_updates(victim, images, labels, scored, patterns, targets):
         updated.append(len(images) * len(patterns))
         return hits_and_losses(victim, images, labels, scored, patterns, targets)
 
-    monkeypatch.setattr(target_search, "hits_and_losses", counted)
+    monkeypatch.setattr(target_search, "hits_and_losses", count_updates)
     scores = search_form(RedColumnModel([17]), batches, 24, CPU, rng, PixelForm((3, 8, 24)), 50, "fp32")
     assert flagged_labels(scores) == [17]
     labels = [score.label for score in scores]
