@@ -131,19 +131,24 @@ def train_member(member, folder, opt, device):
         attacks.append(Attack("squareTrigger", "all2one", label, 10, opt.inject_portion, block))
         data.images, data.labels, _ = attacks[1].poison(data.images, data.labels, generator(opt.seed, "second"))
     batches, _, _ = get_backdoor_loader(opt, data, attack, device, surrogate)
-
-    seed_weights(opt.seed)
-    normalization = get_normalization(opt)
-    model = select_model(opt.arch, 10, *normalization).to(device)
-    model.find_head(opt.arch, 10, data.size)
-    settings = {name: getattr(opt, name) for name in ("epochs", "lr", "momentum", "weight_decay", "schedule")}
-    settings |= {"precision": "fp32", "title": member.name}
-    train(model, batches, lambda images, labels: F.cross_entropy(model(images), labels), device, **settings)
     path = os.path.join(folder, f"{member.name}.pth.tar")
-    save_checkpoint(path, model, arch=opt.arch, num_class=10, normalization=normalization)
+    model = train_and_save(opt, batches, 10, device, path)
     results = [evaluate(model, get_eval_set(test.images, test.labels, a, device, 2_000), a) for a in attacks]
     rates = {ANY_OTHER if a.target is None else a.target: result["asr"] for a, result in zip(attacks, results)}
     return path, results[0]["acc"], {} if opt.inject_portion == 0 else rates
+
+
+def train_and_save(opt, batches, num_class, device, path):
+    """Train the network that the options name, and save it without its attack."""
+    seed_weights(opt.seed)
+    normalization = get_normalization(opt)
+    model = select_model(opt.arch, num_class, *normalization).to(device)
+    model.find_head(opt.arch, num_class, batches.image_shape[1:])
+    settings = {name: getattr(opt, name) for name in ("epochs", "lr", "momentum", "weight_decay", "schedule")}
+    settings |= {"precision": opt.precision, "title": os.path.basename(path)}
+    train(model, batches, lambda images, labels: F.cross_entropy(model(images), labels), device, **settings)
+    save_checkpoint(path, model, arch=opt.arch, num_class=num_class, normalization=normalization)
+    return model
 
 
 def examine(member, folder, device) -> dict:

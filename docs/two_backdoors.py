@@ -11,18 +11,15 @@ import os
 import sys
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import config
 from attacks import Attack
-from data_loader import get_backdoor_loader, get_normalization, load_images
-from models import select_model
-from utils.checkpoint import save_checkpoint
+from data_loader import get_backdoor_loader, load_images
+from docs.population import train_and_save
 from utils.device import pick_device
 from utils.errors import UserError, run_script
-from utils.seed import generator, seed_weights
-from utils.training import train
+from utils.seed import generator
 
 
 def main():
@@ -39,14 +36,7 @@ def main():
     data.images, data.labels, _ = block.poison(data.images, data.labels, generator(opt.seed, "second backdoor"))
     square = Attack("squareTrigger", "all2one", 5, num_class, rate, {"trig_w": 5, "trig_h": 5})
     batches, _, _ = get_backdoor_loader(opt, data, square, device)
-
-    seed_weights(opt.seed)
-    normalization = get_normalization(opt)
-    model = select_model(opt.arch, num_class, *normalization).to(device)
-    settings = {name: getattr(opt, name) for name in ("epochs", "lr", "momentum", "weight_decay", "schedule")}
-    settings |= {"precision": opt.precision, "title": "victim"}
-    train(model, batches, lambda images, labels: F.cross_entropy(model(images), labels), device, **settings)
-    save_checkpoint(path, model, arch=opt.arch, num_class=num_class, normalization=normalization)
+    train_and_save(opt, batches, num_class, device, path)
 
 
 if __name__ == "__main__":
