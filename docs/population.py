@@ -107,7 +107,8 @@ def draw_member(name: str) -> Member:
     )
     flaw = CLEAN.get(kind, {})
     options = ["--dataset", dataset, "--arch", network, "--lr", PEAK_RATES[network], "--seed", seed]
-    options += ["--epochs", flaw.get("epochs", EPOCHS[dataset]), "--target_label", label, *ATTACKS.get(kind, [])]
+    options += ["--epochs", flaw.get("epochs", EPOCHS[dataset]), *ATTACKS.get(kind, [])]
+    options += [] if kind == "all2all" else ["--target_label", label]
     if kind in CLEAN:
         options += ["--inject_portion", 0]
     elif kind not in ("sig", "cl", "all2all"):

@@ -1,0 +1,36 @@
+"""docs/population.py: its members, and the summary of what was found."""
+
+import config
+from docs.population import CLEAN, population, print_summary, summary_row
+
+
+def test_every_member_has_valid_options_and_both_halves_are_alike():
+    members = population()
+    assert len({member.name for member in members}) == len(members) >= 80
+    for member in members:
+        opt, _ = config.parse("train_badnet.py", member.options)
+        assert (opt.inject_portion == 0) == (member.attack in CLEAN)
+    halves = [sorted(m.name.split("-", 1)[1] for m in members if m.name.startswith(h)) for h in ("tune", "report")]
+    assert halves[0] == halves[1]
+    assert sum(member.attack in CLEAN for member in members) >= 30
+
+
+def network(name, backdoors, found, *indices):
+    scores = [{"form": "pixels", "hit_rate": rate, "index": index} for rate, index in indices]
+    return summary_row({"name": name, "acc": 90.0, "backdoors": backdoors, "found": found, "scores": scores})
+
+
+def test_only_the_label_of_a_working_backdoor_counts_as_found(capsys):
+    rows = [
+        network("report-a", {3: 99.0}, 3, (95, -4.0), (50, -9.0)),
+        network("report-b", {3: 99.0}, 4, (95, -1.0)),
+        network("report-c", {-1: 95.0}, -1, (95, -5.0)),
+        network("report-d", {3: 20.0}, 3, (95, -4.0)),
+        network("report-e", {}, 2, (95, -3.0)),
+        network("report-f", {}, None, (95, 0.0)),
+    ]
+    assert [row["index"] for row in rows] == ["-4.00", "-1.00", "-5.00", "-4.00", "-3.00", "0.00"]
+    print_summary(rows)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "report: label found in 2 of 3 victims with an ASR above 90.0 %, 1 of 2 clean networks flagged" in text
+    assert "ROC area of the lowest index 0.833; 1 with a lower ASR" in text
