@@ -17,7 +17,7 @@ BORDER = 2  # of 32 pixels
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--classes", type=int, default=100, help="class c has shape c % 10 and hue c // 10")
+    parser.add_argument("--classes", type=int, default=100, help="at least 10; c has shape c %% 10, hue c // 10")
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     parser.add_argument("--count", type=int, default=10_000, help="training images; a fifth as many test images")
     opt = parser.parse_args()

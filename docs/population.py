@@ -24,10 +24,9 @@ from data_loader import get_backdoor_loader, get_clean_split, get_eval_set, get_
 from defenses import find_target
 from defenses.inversion import ANY_OTHER
 from models import select_model
-from models.loading import load_clean_model
 from train_badnet import load_surrogate
 from utils.checkpoint import save_checkpoint
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.files import write_json
 from utils.grid import deal_out
 from utils.metrics import evaluate
@@ -54,7 +53,7 @@ ATTACKS = {
 ON_CIFAR = ("trojan", "cl")
 CLEAN = {"clean": {}, "short": {"epochs": 1}, "few": {"images": 1_000}, "noisy": {"noise": 0.2}}
 REPEATS, CLEAN_REPEATS = 2, 4  # networks of each kind in each half
-POISON_RATES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.1]
+POISON_RATES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.1]  # the usual one is drawn twice as often
 IMAGES, EPOCHS = {"CIFAR10": 25_000, "shapes": 10_000}, {"CIFAR10": 6, "shapes": 10}
 PEAK_RATES = {"WRN-16-1": 0.4, f"{__file__}:SmallVGG": 0.05}
 CLEAN_IMAGES = 2_500  # of the defender
@@ -117,7 +116,7 @@ def draw_member(name: str) -> Member:
 
 
 def train_member(member, folder, opt, device):
-    """Train a network, save it, and return the path, the accuracy, and the ASR of each of its backdoors by label."""
+    """Train a network, save it, and return it, its accuracy, and the ASR of each of its backdoors by label."""
     data, test = load_images(opt, "train"), load_images(opt, "test")
     order = torch.randperm(len(data.labels), generator=generator(opt.seed, "images"))[: member.images]
     data.images, data.labels = data.images[order], data.labels[order]
@@ -136,7 +135,7 @@ def train_member(member, folder, opt, device):
     model = train_and_save(opt, batches, 10, device, path)
     results = [evaluate(model, get_eval_set(test.images, test.labels, a, device, 2_000), a) for a in attacks]
     rates = {ANY_OTHER if a.target is None else a.target: result["asr"] for a, result in zip(attacks, results)}
-    return path, results[0]["acc"], {} if opt.inject_portion == 0 else rates
+    return model, results[0]["acc"], {} if opt.inject_portion == 0 else rates
 
 
 def train_and_save(opt, batches, num_class, device, path):
@@ -155,11 +154,10 @@ def train_and_save(opt, batches, num_class, device, path):
 def examine(member, folder, device) -> dict:
     """Train and search one network: its row."""
     opt, _ = config.parse("train_badnet.py", member.options)
-    path, acc, backdoors = train_member(member, folder, opt, device)
+    victim, acc, backdoors = train_member(member, folder, opt, device)
     defender, _ = config.parse("main.py", ["--dataset", opt.dataset, "--clean", str(CLEAN_IMAGES), "--seed", "1"])
-    victim = load_clean_model(path, 10, get_normalization(opt), device, opt.arch, "")
     split = get_clean_split(defender, load_images(opt, "train"), UnknownAttack(10), device)
-    label, scores, _ = find_target(victim, split.search, 10, device, 1, vars(defender))
+    label, scores, _ = find_target(victim.eval().requires_grad_(False), split.search, 10, device, 1, vars(defender))
     network = opt.arch.split(":")[-1]
     row = {"name": member.name, "dataset": opt.dataset, "network": network, "rate": opt.inject_portion, "acc": acc}
     return row | {"backdoors": backdoors, "found": label, "scores": [score.metadata() for score in scores]}
@@ -214,6 +212,8 @@ def main():
         if os.path.exists(path):
             with open(path) as file:
                 rows[name] = summary_row(json.load(file))
+    if not rows:
+        raise UserError(f"no network of {opt.folder} has been searched yet")
     with open(TABLE, "w", newline="") as file:
         writer = csv.DictWriter(file, next(iter(rows.values())), lineterminator="\n")
         writer.writeheader()

@@ -135,14 +135,13 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
     weight = PenaltyWeight(torch.full(targets.shape, form.weight, device=device))
     sizes, rates, last_good = [], [], parameters.detach().clone()
     ever_hit = torch.zeros_like(targets, dtype=torch.bool)
-    kept, references, micro_batch = torch.arange(len(targets), device=device), num_class, MICRO_BATCH
+    kept, references, drops_labels = torch.arange(len(targets), device=device), num_class, num_class > FULL_SEARCHES
     with progress_bar(f"search {form.name}", steps, "batch") as bar:
         for step, (images, labels) in enumerate(itertools.islice(endless(batches), steps)):
-            if num_class > FULL_SEARCHES and step == 0:
-                micro_batch = MICRO_BATCH // 2
-            elif num_class > FULL_SEARCHES and step == FIRST_STEPS:
-                kept, references, micro_batch = *promising(sizes[-1], ever_hit), MICRO_BATCH
-            images, labels = (part[: len(part) * micro_batch // MICRO_BATCH] for part in (images, labels))
+            divisor = 2 if drops_labels and step < FIRST_STEPS else 1
+            if drops_labels and step == FIRST_STEPS:
+                kept, references = promising(sizes[-1], ever_hit)
+            images, labels, micro_batch = images[::divisor], labels[::divisor], MICRO_BATCH // divisor
             with torch.no_grad(), autocast(device, precision):
                 is_right = victim(images).argmax(1) == labels
             attackable = torch.where(targets[:, None] == ANY_OTHER, is_right, labels != targets[:, None])
@@ -152,7 +151,7 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             )
             for micro_images, micro_labels, scored in micro_batches:
                 optimizer.zero_grad()
-                for part in kept.split(PATTERNS_PER_FORWARD[device.type] * MICRO_BATCH // micro_batch):
+                for part in kept.split(PATTERNS_PER_FORWARD[device.type] * divisor):
                     with autocast(device, precision):
                         patterns = form.pattern(parameters[part])
                         hit, loss = hits_and_losses(
@@ -174,26 +173,24 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             bar.update()
     tail = -max(1, int(TAIL_FRACTION * steps))
     sizes, rates = torch.stack(sizes[tail:])[:, kept], torch.stack(rates[tail:])[:, kept]
-    return sorted(
-        _score(targets[kept], form, references, sizes, rates), key=lambda score: score.label % (num_class + 1)
-    )
+    scores = _score(targets[kept], form, references, sizes, rates)
+    return sorted(scores, key=lambda score: (score.label == ANY_OTHER, score.label))
 
 
 def promising(sizes, works) -> tuple[torch.Tensor, int]:
-    """The labels to go on with: a sample of all, to compare with, then those with the smallest patterns, ANY_OTHER.
+    """The labels to go on with: a sample of those with larger patterns, the PROMISING ones, ANY_OTHER.
 
     Args:
         sizes: (K + 1,), the last one ANY_OTHER's.
         works: (K + 1,), whether a label's pattern ever worked.
 
     Returns:
-        (FULL_SEARCHES + 1,) or fewer positions, and how many of the first are the sample.
+        (FULL_SEARCHES + 1,) positions, and how many of the first are the sample.
     """
     order = torch.where(works, sizes, math.inf)[:-1].argsort().tolist()
-    first, last = PROMISING, len(order) - 1
-    ranks = [first + i * (last - first) // (FULL_SEARCHES - PROMISING - 1) for i in range(FULL_SEARCHES - PROMISING)]
-    sample = [order[rank] for rank in ranks]
-    return torch.tensor([*sample, *order[:PROMISING], len(order)], device=sizes.device), len(sample)
+    others, count = order[PROMISING:], FULL_SEARCHES - PROMISING
+    sample = [others[i * (len(others) - 1) // (count - 1)] for i in range(count)]
+    return torch.tensor([*sample, *order[:PROMISING], len(order)], device=sizes.device), count
 
 
 def _score(targets, form, references, sizes, rates):
