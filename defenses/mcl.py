@@ -243,7 +243,7 @@ def calibrate(model, patterns, batches, target) -> None:
     with torch.no_grad():
         for images, true_labels in batches:
             others = true_labels != target
-            logits += [model(images).float(), model(add_trigger(images)[others]).float()]
+            logits += [model(images), model(add_trigger(images)[others])]
             labels += [true_labels, true_labels[others]]
     logits, labels = torch.cat(logits), torch.cat(labels)
     change = torch.zeros_like(model.head.bias, requires_grad=True)

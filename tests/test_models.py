@@ -33,6 +33,13 @@ def test_logits_are_the_head_of_the_features(arch, dimensions, parameters):
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
+def test_losses_see_float32_whatever_the_precision():
+    model, images = select_model("WRN-10-1", 4).eval(), torch.rand(2, 3, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.network(images).dtype == torch.bfloat16
+        assert model(images).dtype == model.features(images).dtype == torch.float32
+
+
 def test_images_are_normalised_once_and_the_constants_are_not_in_the_state_dict():
     torch.manual_seed(0)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)

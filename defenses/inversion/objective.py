@@ -25,7 +25,6 @@ def is_hit(logits, labels, target) -> torch.Tensor:
 
 def untargeted_loss(logits, labels) -> torch.Tensor:
     """-log(1 - p of the image's own label), (..., K) and (...) -> (...): the loss for ANY_OTHER."""
-    logits = logits.float()  # autocast would round the difference away
     others = logits.scatter(-1, labels[..., None], float("-inf"))
     return logits.logsumexp(-1) - others.logsumexp(-1)
 
