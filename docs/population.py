@@ -26,6 +26,7 @@ from defenses.inversion import ANY_OTHER
 from models import select_model
 from train_badnet import load_surrogate
 from utils.checkpoint import save_checkpoint
+from utils.device import pick_precision
 from utils.errors import UserError, run_script
 from utils.files import write_json
 from utils.grid import deal_out
@@ -55,7 +56,7 @@ CLEAN = {"clean": {}, "short": {"epochs": 1}, "few": {"images": 1_000}, "noisy":
 REPEATS, CLEAN_REPEATS = 2, 4  # networks of each kind in each half
 POISON_RATES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.1]  # the usual one is drawn twice as often
 IMAGES, EPOCHS = {"CIFAR10": 25_000, "shapes": 10_000}, {"CIFAR10": 6, "shapes": 10}
-PEAK_RATES = {"WRN-16-1": 0.4, f"{__file__}:SmallVGG": 0.05}
+PEAK_RATES = {"WRN-10-1": 0.4, f"{__file__}:SmallVGG": 0.05}
 CLEAN_IMAGES = 2_500  # of the defender
 WORKING = 90.0  # ASR above which a backdoor counts
 TABLE = os.path.join(os.path.dirname(__file__), "population.csv")
@@ -83,7 +84,7 @@ class Member(NamedTuple):
 
 
 def population() -> list[Member]:
-    """All members, in random order."""
+    """All members in random order, those to choose settings on first."""
     names = [
         f"{half}-{kind}-{i}"
         for half in ("tune", "report")
@@ -92,6 +93,7 @@ def population() -> list[Member]:
         for i in range(repeats)
     ]
     random.Random(0).shuffle(names)
+    names.sort(key=lambda name: name.startswith("report"))
     return [draw_member(name) for name in names]
 
 
@@ -106,7 +108,7 @@ def draw_member(name: str) -> Member:
     )
     flaw = CLEAN.get(kind, {})
     options = ["--dataset", dataset, "--arch", network, "--lr", PEAK_RATES[network], "--seed", seed]
-    options += ["--epochs", flaw.get("epochs", EPOCHS[dataset]), *ATTACKS.get(kind, [])]
+    options += ["--precision", "auto", "--epochs", flaw.get("epochs", EPOCHS[dataset]), *ATTACKS.get(kind, [])]
     options += [] if kind == "all2all" else ["--target_label", label]
     if kind in CLEAN:
         options += ["--inject_portion", 0]
@@ -145,7 +147,7 @@ def train_and_save(opt, batches, num_class, device, path):
     model = select_model(opt.arch, num_class, *normalization).to(device)
     model.find_head(opt.arch, num_class, batches.image_shape[1:])
     settings = {name: getattr(opt, name) for name in ("epochs", "lr", "momentum", "weight_decay", "schedule")}
-    settings |= {"precision": opt.precision, "title": os.path.basename(path)}
+    settings |= {"precision": pick_precision(opt.precision, device), "title": os.path.basename(path)}
     train(model, batches, lambda images, labels: F.cross_entropy(model(images), labels), device, **settings)
     save_checkpoint(path, model, arch=opt.arch, num_class=num_class, normalization=normalization)
     return model
@@ -156,8 +158,9 @@ def examine(member, folder, device) -> dict:
     opt, _ = config.parse("train_badnet.py", member.options)
     victim, acc, backdoors = train_member(member, folder, opt, device)
     defender, _ = config.parse("main.py", ["--dataset", opt.dataset, "--clean", str(CLEAN_IMAGES), "--seed", "1"])
+    settings = vars(defender), pick_precision(opt.precision, device)
     split = get_clean_split(defender, load_images(opt, "train"), UnknownAttack(10), device)
-    label, scores, _ = find_target(victim.eval().requires_grad_(False), split.search, 10, device, 1, vars(defender))
+    label, scores, _ = find_target(victim.eval().requires_grad_(False), split.search, 10, device, 1, *settings)
     network = opt.arch.split(":")[-1]
     row = {"name": member.name, "dataset": opt.dataset, "network": network, "rate": opt.inject_portion, "acc": acc}
     return row | {"backdoors": backdoors, "found": label, "scores": [score.metadata() for score in scores]}
