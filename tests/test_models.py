@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import METADATA
 
+from defenses.inversion.objective import untargeted_loss
 from models import load_classifier, load_clean_model, select_model
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
@@ -34,10 +35,13 @@ def test_logits_are_the_head_of_the_features(arch, dimensions, parameters):
 
 
 def test_losses_see_float32_whatever_the_precision():
-    model, images = select_model("WRN-10-1", 4).eval(), torch.rand(2, 3, 16, 16)
+    model, images, labels = select_model("WRN-10-1", 4).eval(), torch.rand(2, 3, 16, 16), torch.tensor([0, 3])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model.network(images).dtype == torch.bfloat16
-        assert model(images).dtype == model.features(images).dtype == torch.float32
+        maps, logits = model.maps_and_logits(images)
+        assert {output.dtype for output in (*maps, logits, model(images), model.features(images))} == {torch.float32}
+        expected = -torch.log(1 - logits.double().softmax(1)[[0, 1], labels])
+        assert torch.allclose(untargeted_loss(logits, labels).double(), expected, rtol=1e-5)
 
 
 def test_images_are_normalised_once_and_the_constants_are_not_in_the_state_dict():
