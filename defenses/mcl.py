@@ -12,6 +12,8 @@ Additions to the paper; those with an option in brackets can be turned off:
   shifted and mirrored (augment);
 - images of the target class are left out of the contrast (contrast);
 - the student's weights are averaged over the last steps (ema);
+- the last layer is made blind to the directions in which the trigger moves the victim's features, where clean images do
+  not need them, since a trigger stronger than the inverted one moves them further the same way;
 - the biases of the last layer are fitted to the labels at the end, since the push away from the backdoored feature
   makes the student avoid the target label on clean images as well (calibration);
 - a student that still answers to a small pattern is made anew with that pattern, too (rounds);
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 
 from defenses.base import DefenseResult
 from defenses.inversion import PatternApplier
+from defenses.last_layer import calibrate, make_blind, trigger_directions
 from utils.training import sgd_step, train
 
 FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the full rate
@@ -114,6 +117,8 @@ def defend(
                 monitor=context.monitor,
                 **sgd,
             )
+            directions = trigger_directions(context.victim, patterns, context.plain_batches, context.target)
+            make_blind(student, directions, context.train_batches)
             if calibration == "bias":
                 calibrate(student, patterns, context.plain_batches, context.target)
         remaining = context.remaining_trigger(student, *budget) if rounds > 1 else None
@@ -223,38 +228,3 @@ def purify(
     update = partial(sgd_step, max_gradient=MAX_GRADIENT)
     history = train(student, batches, loss_of, device, title="purify", update=update, dropout=False, **training)
     return student.eval(), history
-
-
-def calibrate(model, patterns, batches, target) -> None:
-    """Fit the biases of the last layer, in place, to the labels of x and of the x' that a trigger could turn.
-
-    Mean cross-entropy, all other weights fixed. A normal prior of variance 1 on each change keeps the bias of a class
-    with few images or none. A last layer without biases stays as it is.
-
-    Args:
-        model: in eval mode.
-        patterns: (V, C, H, W), as in purify.
-        batches: clean (images, labels).
-        target: the label whose images carry no trigger, or ANY_OTHER.
-    """
-    if model.head.bias is None:
-        return
-    add_trigger, logits, labels = PatternApplier(patterns), [], []
-    with torch.no_grad():
-        for images, true_labels in batches:
-            others = true_labels != target
-            logits += [model(images), model(add_trigger(images)[others])]
-            labels += [true_labels, true_labels[others]]
-    logits, labels = torch.cat(logits), torch.cat(labels)
-    change = torch.zeros_like(model.head.bias, requires_grad=True)
-    optimizer = torch.optim.LBFGS([change], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss_of():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits + change, labels) + change.square().sum() / (2 * len(labels))
-        loss.backward()
-        return loss
-
-    optimizer.step(loss_of)
-    with torch.no_grad():
-        model.head.bias += change

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_weights, sgd_step_by_hand, state_vector
 
-from defenses import mcl
+from defenses import last_layer, mcl
 from defenses.inversion import apply_patterns, shifted_patterns
 from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, purify
 
@@ -182,7 +182,10 @@ def test_the_loss_of_a_batch_by_hand(victim, trigger, batches):
 @pytest.mark.parametrize("augmented", [False, True])
 @pytest.mark.parametrize("contrast", ["others", "all", "none"])
 @pytest.mark.parametrize("positive", ["finetuned", "backdoored"])
-def test_the_defense_on_one_batch_by_hand(make_context, victim, trigger, batches, positive, contrast, augmented):
+def test_the_defense_on_one_batch_by_hand(
+    make_context, victim, trigger, batches, positive, contrast, augmented, monkeypatch
+):
+    monkeypatch.setattr(last_layer, "DIRECTIONS", 0)
     images, labels = batches[0]
     target = victim(images).argmax(1).mode().values.item()  # an untrained victim "responds" with it to every shift
     context = make_context(train_batches=batches[:1], plain_batches=batches[1:], augmented=augmented, target=target)

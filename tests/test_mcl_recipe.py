@@ -1,6 +1,4 @@
-"""What surrounds MCL's training: further rounds, the mirror mean, dropout, the patterns, and the calibration."""
-
-import copy
+"""What surrounds MCL's training: further rounds, the mirror mean, dropout, and the patterns."""
 
 import pytest
 import torch
@@ -9,8 +7,8 @@ from conftest import state_vector
 from test_mcl import RECIPE, TRAINING, run_purify
 
 from defenses import mcl
-from defenses.inversion import InvertedTrigger, apply_patterns, shifted_patterns
-from defenses.mcl import calibrate, clean_finetune, purify
+from defenses.inversion import InvertedTrigger, shifted_patterns
+from defenses.mcl import clean_finetune, purify
 
 CPU = torch.device("cpu")
 
@@ -119,27 +117,3 @@ def test_the_trigger_is_shifted_if_images_are_augmented_and_the_victim_responds(
     assert torch.equal(context._replace(augmented=False).training_patterns(trigger), trigger.pattern[None])
     waves = InvertedTrigger(trigger.pattern, 1.0, -trigger.pattern[None])
     assert torch.equal(context.training_patterns(waves), torch.stack([trigger.pattern, -trigger.pattern]))
-
-
-def test_calibration_fits_the_biases_to_the_labels_and_nothing_else(victim, batches, trigger):
-    model, (images, labels) = copy.deepcopy(victim), map(torch.cat, zip(*batches, strict=True))
-    calibrate(model, trigger.patterns, batches, 1)
-    change = model.head.bias - victim.head.bias
-    assert change.abs().max() > 0.1
-    others = labels != 1
-    images = torch.cat([images, apply_patterns(images[others], trigger.patterns)])
-    labels = torch.cat([labels, labels[others]])
-    excess = model(images).softmax(1).sum(0) - torch.stack([(labels == label).sum() for label in range(3)])
-    assert torch.allclose(excess, -change, atol=1e-3)  # the gradient is 0: the excess is the prior's pull
-    model.head.bias -= change
-    assert torch.allclose(state_vector(model), state_vector(victim))
-
-
-def test_calibration_bears_a_class_without_images_and_a_layer_without_biases(victim, batches, trigger):
-    model = copy.deepcopy(victim)
-    calibrate(model, trigger.patterns, [(images, torch.zeros_like(labels)) for images, labels in batches], 1)
-    assert model.head.bias[0] > 1
-    assert model.head.bias.abs().max() < 10
-    model.head.bias = None
-    calibrate(model, trigger.patterns, batches, 1)
-    assert model.head.bias is None

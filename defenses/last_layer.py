@@ -1,0 +1,91 @@
+"""What MCL does to the last layer, once the features are trained: blindness to the trigger, and the biases."""
+
+import torch
+import torch.nn.functional as F
+
+from defenses.inversion import PatternApplier
+
+# Directions that the last layer is made blind to, and the fraction of the clean images that this may cost. Where
+# features are few, the target class needs these directions, too: they cost a WRN (64 features) 17 % or more.
+DIRECTIONS, MAX_COST = 4, 0.01
+DIRECTION_IMAGES = 1_000  # clean images from which the directions are computed
+
+
+def trigger_directions(victim, patterns, batches, target) -> torch.Tensor:
+    """The main directions of g_B(x') - g_B(x) over up to DIRECTION_IMAGES images x of other labels than the target.
+
+    Args: as of purify.
+
+    Returns:
+        (D', D) right singular vectors, D' up to DIRECTIONS, the one of the largest shifts first.
+    """
+    add_trigger, shifts, count = PatternApplier(patterns), [], 0
+    with torch.no_grad():
+        for images, labels in batches:
+            shift = victim.features(add_trigger(images)) - victim.features(images)
+            shifts.append(shift[labels != target])
+            count += len(shifts[-1])
+            if count >= DIRECTION_IMAGES:
+                break
+    return torch.linalg.svd(torch.cat(shifts), full_matrices=False).Vh[:DIRECTIONS]
+
+
+def make_blind(model, directions, batches) -> bool:
+    """Make the last layer, in place, blind to directions in feature space, if few clean images need them (MAX_COST).
+
+    The rows of its weight are projected onto the complement: the null-space projection of Ravfogel et al. (ACL 2020).
+
+    Args:
+        model: in eval mode.
+        directions: (D', D), orthonormal.
+        batches: clean (images, labels), to measure the cost on.
+
+    Returns:
+        whether the layer was changed.
+    """
+    weight, hits, seen = model.head.weight, torch.zeros(2, device=directions.device), 0
+    with torch.no_grad():
+        blind = weight - weight @ directions.T @ directions
+        for images, labels in batches:
+            features = model.features(images)
+            logits = torch.stack([F.linear(features, rows, model.head.bias) for rows in (weight, blind)])
+            hits += (logits.argmax(2) == labels).sum(1)
+            seen += len(labels)
+        can_spare = bool(hits[0] - hits[1] <= MAX_COST * seen)
+        weight.copy_(blind if can_spare else weight)
+    return can_spare
+
+
+def calibrate(model, patterns, batches, target) -> None:
+    """Fit the biases of the last layer, in place, to the labels of x and of the x' that a trigger could turn.
+
+    Mean cross-entropy, all other weights fixed. A normal prior of variance 1 on each change keeps the bias of a class
+    with few images or none. A last layer without biases stays as it is.
+
+    Args:
+        model: in eval mode.
+        patterns: (V, C, H, W), as in purify.
+        batches: clean (images, labels).
+        target: the label whose images carry no trigger, or ANY_OTHER.
+    """
+    if model.head.bias is None:
+        return
+    add_trigger, logits, labels = PatternApplier(patterns), [], []
+    with torch.no_grad():
+        for images, true_labels in batches:
+            others = true_labels != target
+            logits += [model(images), model(add_trigger(images)[others])]
+            labels += [true_labels, true_labels[others]]
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    change = torch.zeros_like(model.head.bias, requires_grad=True)
+    optimizer = torch.optim.LBFGS([change], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss_of():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits + change, labels) + change.square().sum() / (2 * len(labels))
+        loss.backward()
+        return loss
+
+    optimizer.step(loss_of)
+    with torch.no_grad():
+        model.head.bias += change
