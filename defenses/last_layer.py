@@ -7,7 +7,7 @@ from defenses.inversion import PatternApplier
 
 # Directions that the last layer is made blind to, and the fraction of the clean images that this may cost. Where
 # features are few, the target class needs these directions, too: they cost a WRN (64 features) 17 % or more.
-DIRECTIONS, MAX_COST = 4, 0.01
+DIRECTIONS, MAX_COST = 4, 0.02
 DIRECTION_IMAGES = 1_000  # clean images from which the directions are computed
 
 
