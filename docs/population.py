@@ -167,12 +167,12 @@ def examine(member, folder, device) -> dict:
 
 
 def summary_row(row) -> dict:
-    """The row of a network for the table; index: the lowest one of a pattern that works."""
+    """The row of a network for the table; size: of the smallest pattern or warp that works, percent of the range."""
     scores = [score for score in row.pop("scores") if score["form"] != "wave" and score["hit_rate"] >= 90]
-    index = min((score["index"] for score in scores), default=0.0)
+    size = min((score["of_range"] for score in scores), default=100.0)
     planted = " ".join(f"{label}:{asr:.2f}" for label, asr in row["backdoors"].items())
     found = "" if row["found"] is None else row["found"]
-    return {**row, "acc": f"{row['acc']:.2f}", "backdoors": planted, "found": found, "index": f"{index:.2f}"}
+    return {**row, "acc": f"{row['acc']:.2f}", "backdoors": planted, "found": found, "size": f"{size:.2f}"}
 
 
 def print_summary(rows):
@@ -189,10 +189,10 @@ def print_summary(rows):
                 planted.append(row)
                 right += float(rates.get(str(row["found"]), 0)) > WORKING
         alarms = sum(row["found"] != "" for row in clean)
-        pairs = [(float(a["index"]), float(b["index"])) for a in planted for b in clean]
+        pairs = [(float(a["size"]), float(b["size"])) for a in planted for b in clean]
         area = sum((a < b) + (a == b) / 2 for a, b in pairs) / max(len(pairs), 1)
         print(f"{half}: label found in {right} of {len(planted)} victims with an ASR above {WORKING} %, {alarms} of")
-        print(f"{len(clean)} clean networks flagged, ROC area of the lowest index {area:.3f}; {weak} with a lower ASR")
+        print(f"{len(clean)} clean networks flagged, ROC area of the smallest size {area:.3f}; {weak} with a lower ASR")
 
 
 def main():

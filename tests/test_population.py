@@ -15,22 +15,22 @@ def test_every_member_has_valid_options_and_both_halves_are_alike():
     assert sum(member.attack in CLEAN for member in members) >= 30
 
 
-def network(name, backdoors, found, *indices):
-    scores = [{"form": "pixels", "hit_rate": rate, "index": index} for rate, index in indices]
+def network(name, backdoors, found, *sizes):
+    scores = [{"form": "pixels", "hit_rate": rate, "of_range": size} for rate, size in sizes]
     return summary_row({"name": name, "acc": 90.0, "backdoors": backdoors, "found": found, "scores": scores})
 
 
 def test_only_the_label_of_a_working_backdoor_counts_as_found(capsys):
     rows = [
-        network("report-a", {3: 99.0}, 3, (95, -4.0), (50, -9.0)),
-        network("report-b", {3: 99.0}, 4, (95, -1.0)),
-        network("report-c", {-1: 95.0}, -1, (95, -5.0)),
-        network("report-d", {3: 20.0}, 3, (95, -4.0)),
-        network("report-e", {}, 2, (95, -3.0)),
-        network("report-f", {}, None, (95, 0.0)),
+        network("report-a", {3: 99.0}, 3, (95, 0.5), (50, 0.1)),
+        network("report-b", {3: 99.0}, 4, (95, 4.0)),
+        network("report-c", {-1: 95.0}, -1, (95, 0.4)),
+        network("report-d", {3: 20.0}, 3, (95, 0.5)),
+        network("report-e", {}, 2, (95, 1.0)),
+        network("report-f", {}, None, (80, 0.1)),
     ]
-    assert [row["index"] for row in rows] == ["-4.00", "-1.00", "-5.00", "-4.00", "-3.00", "0.00"]
+    assert [row["size"] for row in rows] == ["0.50", "4.00", "0.40", "0.50", "1.00", "100.00"]
     print_summary(rows)
     text = " ".join(capsys.readouterr().out.split())
     assert "report: label found in 2 of 3 victims with an ASR above 90.0 %, 1 of 2 clean networks flagged" in text
-    assert "ROC area of the lowest index 0.833; 1 with a lower ASR" in text
+    assert "ROC area of the smallest size 0.833; 1 with a lower ASR" in text
