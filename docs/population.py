@@ -176,8 +176,8 @@ def summary_row(row) -> dict:
 
 
 def print_summary(rows):
-    """How many backdoors were found and how many clean networks were flagged, for each half."""
-    for half in ("tune", "report"):
+    """How many backdoors were found and how many clean networks were flagged, for each half that has rows."""
+    for half in sorted({row["name"].split("-")[0] for row in rows}):
         clean, weak, planted, right = [], 0, [], 0
         for row in (row for row in rows if row["name"].startswith(half)):
             rates = dict(pair.split(":") for pair in row["backdoors"].split())
@@ -221,7 +221,7 @@ def main():
         writer = csv.DictWriter(file, next(iter(rows.values())), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[name] for name in members if name in rows)
-    print_summary(rows.values())
+    print_summary([*rows.values()])
 
 
 if __name__ == "__main__":
