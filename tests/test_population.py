@@ -1,7 +1,13 @@
 """docs/population.py: its members, and the summary of what was found."""
 
+import csv
+from dataclasses import replace
+
+import pytest
+
 import config
-from docs.population import CLEAN, population, print_summary, summary_row
+from defenses.inversion.scores import CLEAN_SIZES, LabelScore, choose_label
+from docs.population import CLEAN, TABLE, population, print_summary, summary_row
 
 
 def test_every_member_has_valid_options_and_both_halves_are_alike():
@@ -34,3 +40,22 @@ def test_only_the_label_of_a_working_backdoor_counts_as_found(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "report: label found in 2 of 3 victims with an ASR above 90.0 %, 1 of 2 clean networks flagged" in text
     assert "ROC area of the smallest size 0.833; 1 with a lower ASR" in text
+
+
+@pytest.mark.parametrize(("of_range", "count"), [(0.0197, 0), (0.0198, 1), (0.0217, 3), (0.5, 16)])
+def test_a_label_has_a_place_among_the_clean_networks(of_range, count):
+    with open(TABLE) as file:
+        sizes = sorted(float(row["size"]) for row in csv.DictReader(file) if not row["backdoors"])
+    assert sizes == list(CLEAN_SIZES)
+    score = LabelScore(3, "pixels", 9.0, 1.0, -9.0, 0.1, of_range)
+    assert score.clean_networks == score.metadata()["clean_networks"] == count
+    assert replace(score, form="wave").clean_networks is None
+
+
+def test_the_reason_gives_the_place_of_patterns_that_were_not_inverted_in_full():
+    score = LabelScore(3, "pixels", 9.0, 1.0, -9.0, 0.1, 0.0198)
+    place = ": so small a pattern was found in 1 of 16 clean networks"
+    assert choose_label([score], False)[1] == f"a backdoor to label 3 is suspected{place}"
+    assert choose_label([replace(score, label=-1)], False)[1].endswith(f"another one is suspected{place}")
+    for other in (replace(score, inverted_area=0.01), replace(score, form="wave", runner_up=0.1)):
+        assert choose_label([other], False)[1] == "a backdoor to label 3 is suspected"

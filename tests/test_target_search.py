@@ -24,6 +24,7 @@ from defenses.inversion.target_search import _score, promising, search_form
 
 CPU = torch.device("cpu")
 SMALL = LabelScore(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
+EVIDENCE = ": so small a pattern was found in none of 16 clean networks"
 
 
 def test_anomaly_index_by_hand():
@@ -43,8 +44,8 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
     assert SMALL.flagged
     assert not dataclasses.replace(SMALL, **change).flagged
     assert SMALL.metadata() == {
-        "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0,
-        "of_median": 0.3, "of_range": 1.0, "runner_up": None, "inverted_area": None, "flagged": True,
+        "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3,
+        "of_range": 1.0, "runner_up": None, "inverted_area": None, "clean_networks": 0, "flagged": True,
     }  # fmt: skip
 
 
@@ -65,12 +66,11 @@ def test_the_flagged_label_with_the_smallest_pattern_is_chosen():
     ordinary = LabelScore(0, "pixels", 90.0, 1.0, -0.5, 1.0, 0.03)
     not_working = LabelScore(3, "pixels", 5.0, 0.2, -9.0, 0.05, 0.001)
     smaller = dataclasses.replace(SMALL, label=2, size=20.0)
-    assert choose_label([ordinary, SMALL], False) == (1, "a backdoor to label 1 is suspected")
+    assert choose_label([ordinary, SMALL], False) == (1, f"a backdoor to label 1 is suspected{EVIDENCE}")
     label, message = choose_label([ordinary, SMALL, smaller, not_working], False)
-    assert (label, message[:37]) == (2, "a backdoor to label 2, 1 is suspected")
+    assert (label, message.split(";")[0]) == (2, f"a backdoor to label 2, 1 is suspected{EVIDENCE}")
     label, message = choose_label([ordinary], False)
-    assert label is None
-    assert "no backdoor was found" in message
+    assert (label, message[:21]) == (None, "no backdoor was found")
     assert choose_label([ordinary], True)[0] == 0
 
 

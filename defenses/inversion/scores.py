@@ -15,6 +15,8 @@ MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, 0.02
 # 6 to 9 of 1,024, a clean model (the shipped one) 39. A suspect whose index is an outlier, too, is flagged up to
 # MAX_PATCH, the size up to which the inversion takes a pattern for the trigger.
 MAX_SUSPECT_AREA = 0.015
+# Of each clean network of docs/population.csv, the smallest pattern or warp that works, in percent of the range.
+CLEAN_SIZES = 1.98, 2.17, 2.17, 2.18, 2.20, 2.21, 2.28, 2.40, 2.53, 3.15, 3.15, 3.63, 3.73, 4.35, 6.72, 9.42
 MAX_RUNNER_UP = 2 / 3  # where waves work for several labels, it is because they resemble the classes' own patterns
 MAD_TO_SD = 1.4826  # of a normal distribution
 MIN_DEVIATION = 0.1  # of logarithms: sizes that differ by less are alike
@@ -56,11 +58,20 @@ class LabelScore:
         is_small = self.index < MAX_INDEX and self.of_median <= MAX_OF_MEDIAN and self.of_range <= MAX_OF_RANGE
         return is_small and self.hit_rate >= HIT_RATE
 
+    @property
+    def clean_networks(self) -> int | None:
+        """How many of the networks of CLEAN_SIZES have a pattern as small as this; None for a wave.
+
+        A new clean network of their kind has one as small with a probability of at most (n + 1) / 17.
+        """
+        return None if self.form == "wave" else sum(size <= 100 * self.of_range for size in CLEAN_SIZES)
+
     def metadata(self) -> dict:
         """Plain values for metrics.json and tables; hit rates and fraction of the range in percent."""
         row = asdict(self) | {"hit_rate": 100 * self.hit_rate, "of_range": 100 * self.of_range}
         row["runner_up"] = self.runner_up and 100 * self.runner_up
-        return row | {"label": "any" if self.label == ANY_OTHER else self.label, "flagged": self.flagged}
+        row |= {"clean_networks": self.clean_networks, "flagged": self.flagged}
+        return row | {"label": "any" if self.label == ANY_OTHER else self.label}
 
 
 def anomaly_indices(sizes: torch.Tensor, num_class: int) -> torch.Tensor:
@@ -84,11 +95,11 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
     labels = [score for score in by_size if score.label != ANY_OTHER]
     untargeted = next((score for score in by_size if score.label == ANY_OTHER), None)
     if untargeted and not (labels and untargeted.size > labels[0].size):
-        return ANY_OTHER, "a backdoor that turns each label into another one is suspected"
+        return ANY_OTHER, f"a backdoor that turns each label into another one is suspected{_evidence(untargeted)}"
     if labels:
         flagged = ", ".join(str(score.label) for score in labels)
         choice = f"; defending against {labels[0].label}, which has the smallest pattern" if len(labels) > 1 else ""
-        return labels[0].label, f"a backdoor to label {flagged} is suspected{choice}"
+        return labels[0].label, f"a backdoor to label {flagged} is suspected{_evidence(labels[0])}{choice}"
     candidates = (score for score in scores if score.form == PixelForm.name and score.label != ANY_OTHER)
     lowest = min(candidates, key=lambda score: score.index).label
     areas = [score.inverted_area for score in scores if score.inverted_area is not None]
@@ -98,3 +109,10 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
         lowest if force else None,
         f"no backdoor was found: no label has a far smaller pattern than the others{checked}; {action}",
     )
+
+
+def _evidence(score):
+    """The place of a flagged score among clean networks, to follow "is suspected"."""
+    if score.form == "wave" or score.inverted_area is not None:
+        return ""
+    return f": so small a pattern was found in {score.clean_networks or 'none'} of {len(CLEAN_SIZES)} clean networks"
