@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from defenses.inversion import PatternApplier
 
 # Directions that the last layer is made blind to, and the fraction of the clean images that this may cost. Where
-# features are few, the target class needs these directions, too: they cost a WRN (64 features) 17 % or more.
+# features are few, the target class needs these directions, too: they cost a WRN (64 features) 17 to 40 %.
 DIRECTIONS, MAX_COST = 4, 0.02
 DIRECTION_IMAGES = 1_000  # clean images from which the directions are computed
 
@@ -14,7 +14,7 @@ DIRECTION_IMAGES = 1_000  # clean images from which the directions are computed
 def trigger_directions(victim, patterns, batches, target) -> torch.Tensor:
     """The main directions of g_B(x') - g_B(x) over up to DIRECTION_IMAGES images x of other labels than the target.
 
-    Args: as of purify.
+    Arguments as in defenses.mcl.purify.
 
     Returns:
         (D', D) right singular vectors, D' up to DIRECTIONS, the one of the largest shifts first.
@@ -52,7 +52,8 @@ def make_blind(model, directions, batches) -> bool:
             hits += (logits.argmax(2) == labels).sum(1)
             seen += len(labels)
         can_spare = bool(hits[0] - hits[1] <= MAX_COST * seen)
-        weight.copy_(blind if can_spare else weight)
+        if can_spare:
+            weight.copy_(blind)
     return can_spare
 
 
@@ -64,7 +65,7 @@ def calibrate(model, patterns, batches, target) -> None:
 
     Args:
         model: in eval mode.
-        patterns: (V, C, H, W), as in purify.
+        patterns: (V, C, H, W), as in defenses.mcl.purify.
         batches: clean (images, labels).
         target: the label whose images carry no trigger, or ANY_OTHER.
     """

@@ -24,12 +24,6 @@ class FixedFeatures(torch.nn.Module):
         return images[:, :, 0, 0]
 
 
-def shift_energy(victim, directions, images, patterns):
-    """The sum of squares of the features' shift along each direction, and in all."""
-    shift = victim.features(apply_patterns(images, patterns)) - victim.features(images)
-    return (shift @ directions.T).square().sum(0), shift.square().sum()
-
-
 def test_directions_are_the_main_ones_of_the_shift_of_other_labels(victim, batches, trigger, monkeypatch):
     monkeypatch.setattr(last_layer, "DIRECTIONS", 64)
     patterns = torch.stack([trigger.pattern, trigger.pattern.flip(2)])

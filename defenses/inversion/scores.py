@@ -62,7 +62,7 @@ class LabelScore:
     def clean_networks(self) -> int | None:
         """How many of the networks of CLEAN_SIZES have a pattern as small as this; None for a wave.
 
-        A new clean network of their kind has one as small with a probability of at most (n + 1) / 17.
+        A new clean network of their kind has one as small with a probability of at most (n + 1) / (16 + 1).
         """
         return None if self.form == "wave" else sum(size <= 100 * self.of_range for size in CLEAN_SIZES)
 
