@@ -122,6 +122,7 @@ RUN = {"before": VICTIM, "after": outcome(86.49, 1.3), "defense": "mcl", "target
 FLOOR, VICTIM_FLOOR = "floor 1.50 %", "floor 2.00 %"
 LEFT = "No backdoor was found, and the model is left unchanged"
 TURNS, IMAGES = "the inverted trigger turns 99.00 ->", "0 % of the images"
+LOSS = "That is a loss of 3.01 points of ACC."
 NOT_MEASURED = "ASR was not measured, because the trigger is unknown"
 
 
@@ -132,6 +133,14 @@ NOT_MEASURED = "ASR was not measured, because the trigger is unknown"
         (
             {"after": outcome(86.0, 30.0)},
             f"The backdoor is still there: ASR 100.00 -> 30.00 %, {FLOOR}, ACC 86.92 -> 86.00 %.",
+        ),
+        (
+            {"after": outcome(83.91, 1.3)},
+            f"The backdoor is gone: ASR 100.00 -> 1.30 %, {FLOOR}, ACC 86.92 -> 83.91 %. {LOSS}",
+        ),
+        (
+            {"before": UNKNOWN, "after": outcome(83.91, None)},
+            f"The model was purified; {NOT_MEASURED}; ACC 86.92 -> 83.91 %. {LOSS}",
         ),
         (
             {"before": CLEAN},

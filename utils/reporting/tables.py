@@ -10,6 +10,7 @@ METRICS = {  # key -> label, meaning; all in percent
     "floor": ("floor", "their clean versions predicted as the attack label"),
 }
 MARGIN = 1.0  # points of ASR above the floor that may be noise; more is a backdoor
+MAX_LOSS = 3.0  # points of ACC that a defense may cost without a word of the verdict
 
 
 def is_missing(value) -> bool:
@@ -117,7 +118,7 @@ def is_backdoored(metrics: dict) -> bool | None:
 
 
 def verdict(metrics: dict) -> str:
-    """The outcome of a run in one sentence, from the content of its metrics.json."""
+    """The outcome of a run in one sentence, from the content of its metrics.json; a high price in a second one."""
     models = models_of(metrics)
     before, final = models["before"], models.get("after", models["before"])
     if "after" in models:
@@ -131,12 +132,13 @@ def verdict(metrics: dict) -> str:
         left = "No backdoor was found, and the model is left unchanged"
         claims = {None: left, True: f"{left}, although the trigger works", False: left}
     asr, acc = (" -> ".join(format_cell(model[key]) for model in models.values()) for key in ("asr", "acc"))
-    inverted, backdoored = "", is_backdoored(final)
+    loss, inverted, backdoored = before["acc"] - final["acc"], "", is_backdoored(final)
+    price = f" That is a loss of {loss:.2f} points of ACC." if loss > MAX_LOSS else ""
     if metrics.get("inverted_hit_rate"):
         rates = " -> ".join(format_cell(rate) for rate in metrics["inverted_hit_rate"].values())
         inverted = f"; the inverted trigger turns {rates} % of the images"
     claim = claims[True] if metrics.get("purified") is False else claims[backdoored]
     if backdoored is None:
-        return f"{claim}{inverted}; ASR was not measured, because the trigger is unknown; ACC {acc} %."
+        return f"{claim}{inverted}; ASR was not measured, because the trigger is unknown; ACC {acc} %.{price}"
     inverted = inverted if metrics.get("purified") is False else ""
-    return f"{claim}: ASR {asr} %, floor {format_cell(final['floor'])} %, ACC {acc} %{inverted}."
+    return f"{claim}: ASR {asr} %, floor {format_cell(final['floor'])} %, ACC {acc} %{inverted}.{price}"
