@@ -26,6 +26,7 @@ RUN = {
 TRAINING = {
     "epochs": 20,
     "batch_size": 128,
+    "optimizer": "sgd",
     "lr": 0.4,  # peak of the schedule
     "schedule": "onecycle",
     "momentum": 0.9,  # Nesterov
@@ -204,10 +205,11 @@ def _add_training(parser):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=cli.positive, help="epochs over the poisoned training set")
     add("--batch_size", type=cli.positive, help="images a step")
+    add("--optimizer", choices=["sgd", "adamw"], help="adamw: for transformers, with --lr 0.001 --weight_decay 0.05")
     add("--lr", type=cli.above_zero, help="peak learning rate")
     add("--schedule", choices=SCHEDULE_NAMES, help="learning rate schedule")
     add("--momentum", type=cli.decay, help="Nesterov momentum of SGD")
-    add("--weight_decay", type=cli.zero_or_more, help="weight decay of SGD")
+    add("--weight_decay", type=cli.zero_or_more, help="weight decay")
     add("--resume", action="store_true", help="continue this command's interrupted run")
 
 

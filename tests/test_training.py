@@ -55,6 +55,14 @@ def test_a_step_is_the_rate_times_the_gradient():
     assert model.weight.item() == pytest.approx(-0.1 * 2)
 
 
+@pytest.mark.parametrize("gradient", [0.5, -3.0])
+def test_a_first_step_of_adamw_shrinks_the_weight_and_follows_the_sign_of_the_gradient(gradient):
+    model = Scalar()
+    model.weight.data.fill_(2.0)
+    run(model, [(torch.tensor(gradient), None)], optimizer="adamw", weight_decay=0.5)
+    assert model.weight.item() == pytest.approx(2 * (1 - 0.1 * 0.5) - 0.1 * (1 if gradient > 0 else -1), abs=1e-6)
+
+
 @pytest.mark.parametrize(("max_gradient", "gradient"), [(0.5, 2.5), (2.0, 7.0)])
 def test_a_large_gradient_is_scaled_down_to_a_share_of_the_weights(max_gradient, gradient):
     weights = torch.nn.Parameter(torch.tensor([3.0, 4.0]))

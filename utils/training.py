@@ -25,6 +25,13 @@ SCHEDULES = {
     # Fine-tuning's and NAD's, over 20 epochs: lr in epochs 1 and 2, lr / 10 to the end.
     "drop": lambda optimizer, lr, n: MultiStepLR(optimizer, [max(n // 10, 1)], gamma=0.1),
 }
+# name -> optimizer of the weights; AdamW, which has no use for a momentum, is for transformers and ConvNeXts.
+OPTIMIZERS = {
+    "sgd": lambda weights, lr, momentum, decay: torch.optim.SGD(
+        weights, lr, momentum, weight_decay=decay, nesterov=momentum > 0
+    ),
+    "adamw": lambda weights, lr, momentum, decay: torch.optim.AdamW(weights, lr, weight_decay=decay),
+}
 
 
 def sgd_step(optimizer, loss_of, max_gradient: float = math.inf) -> torch.Tensor:
@@ -57,6 +64,7 @@ def train(
     schedule,
     precision,
     title,
+    optimizer="sgd",
     monitor=None,
     update=sgd_step,
     ema=0.0,
@@ -65,12 +73,13 @@ def train(
     resume=None,
     save=None,
 ) -> list[dict]:
-    """Train `model` in place with SGD (Nesterov momentum).
+    """Train `model` in place.
 
     Args:
         batches: an iterable with a length, of (images, labels) on the device.
         loss_of: (images, labels) -> a scalar loss; called under autocast with the model in training mode.
         lr: the highest rate of `schedule`, a name in SCHEDULES, which spans epochs * len(batches) steps.
+        optimizer: a name in OPTIMIZERS; "sgd" has Nesterov momentum.
         monitor: (model, epoch from 1) -> a dict of metrics for the history, or {}; may change the model's mode.
         update: (optimizer, () -> loss of the batch) -> that loss, detached; replaces the usual step.
         ema: decay per step of the exponential moving average of the weights that the model ends with; 0: its last
@@ -90,7 +99,7 @@ def train(
         UserError: the state to resume belongs to another training.
     """
     steps = epochs * len(batches)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    optimizer = OPTIMIZERS[optimizer](model.parameters(), lr, momentum, weight_decay)
     scheduler = SCHEDULES[schedule](optimizer, lr, steps)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
     components = {"optimizer": optimizer, "scheduler": scheduler} | ({"average": average} if average else {})
