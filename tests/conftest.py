@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from defenses import DefenseContext
+from defenses import DefenseContext, mcl
 from defenses.inversion import InvertedTrigger
 from defenses.inversion.patterns import PixelForm
 from models import select_model
@@ -94,7 +94,11 @@ def trigger():
 
 @pytest.fixture
 def make_context(victim, batches, trigger, monkeypatch):
-    """Make a DefenseContext of the fixtures above, with `changes`; its inversion returns `trigger`."""
+    """Make a DefenseContext of the fixtures above, with `changes`; its inversion returns `trigger`.
+
+    MCL trains its student once: the features of an untrained victim move too far at any rate.
+    """
+    monkeypatch.setattr(mcl, "CLEAN_SIMILARITY", -1.0)
     monkeypatch.setattr("defenses.base.find_trigger", lambda *_: trigger)  # an untrained victim has no trigger to find
 
     def make(**changes):

@@ -9,6 +9,8 @@ from test_mcl import RECIPE, TRAINING, run_purify
 from defenses import mcl
 from defenses.inversion import InvertedTrigger, shifted_patterns
 from defenses.mcl import clean_finetune, purify
+from utils.batches import CutMixBatches
+from utils.seed import generator
 
 CPU = torch.device("cpu")
 
@@ -68,6 +70,66 @@ def test_few_images_keep_the_victims_features(make_context, count, positive, is_
     ((victim, positive_model, *_), options) = used[0]
     assert victim is context.victim
     assert (positive_model is victim, options["align_weight"]) == (is_victim, weight)
+
+
+@pytest.mark.parametrize(("count", "augmented", "mixed"), [(499, True, True), (500, True, False), (499, False, False)])
+def test_few_images_are_mixed_for_the_student(make_context, batches, count, augmented, mixed, monkeypatch):
+    used = []
+    monkeypatch.setattr(mcl, "purify", lambda *args, **options: used.append(args[3]) or purify(*args, **options))
+    mcl.defend(make_context(image_count=count, augmented=augmented, target=2, seed=5), **{**RECIPE, **TRAINING})
+    assert isinstance(used[0], CutMixBatches) == mixed
+    if mixed:
+        assert (used[0].batches, used[0].label) == (batches, 2)
+        assert used[0].rng.initial_seed() == generator(5, "cutmix").initial_seed()
+    else:
+        assert used[0] is batches
+
+
+@pytest.mark.parametrize(
+    ("cosines", "rates_on", "align_weight", "trained", "returned"),
+    [
+        ([0.98], [], 1.0, 1, 0),  # close enough at the full rate
+        ([0.97, 0.98], [0.0], 1.0, 2, 1),  # at a third
+        ([0.5, 0.97, 0.9], [0.0, 0.05], 1.0, 3, 2),  # never: the last one
+        ([0.97], [0.2], 1.0, 2, 0),  # the trigger still works at a third
+        ([0.97, 0.97], [0.0, 0.2], 1.0, 3, 1),
+        ([0.5], [], 0.0, 1, 0),  # nothing holds the features
+    ],
+)
+def test_the_rate_falls_until_clean_features_stay(
+    make_context, batches, cosines, rates_on, align_weight, trained, returned, monkeypatch
+):
+    students, used, compared, tried = [torch.nn.Linear(1, 1) for _ in range(3)], [], [], []
+    for student in students:
+        student.features = student.forward
+    context, positive = make_context(plain_batches=batches[1:]), make_context().victim
+
+    def train_student(*args, **options):
+        used.append((args, options))
+        return students[len(used) - 1], [len(used) - 1]
+
+    class Trigger:
+        def rate_on(self, *args):
+            tried.append(args)
+            return rates_on.pop(0)
+
+    monkeypatch.setattr(mcl, "CLEAN_SIMILARITY", 0.98)
+    monkeypatch.setattr(mcl, "purify", train_student)
+    monkeypatch.setattr(mcl, "mean_cosine", lambda *args: compared.append(args) or cosines.pop(0))
+    options = {"lr": 0.9, "align_weight": align_weight, "mirror": True}
+    result = mcl.purify_gently(context, positive, "patterns", "batches", Trigger(), **options)
+    assert (result[0] is students[returned], result[1]) == (True, [returned])
+    assert [args for args, _ in used] == [(context.victim, positive, "patterns", "batches", CPU)] * trained
+    assert [settings for _, settings in used] == [{**options, "lr": pytest.approx(0.9 / 3**i)} for i in range(trained)]
+    assert compared[-1] == (students[returned].features, positive.features, batches[1:])
+    assert tried == [(student, batches[1:], 1) for student in students[1:trained]]
+    assert (cosines, rates_on) == ([], [])
+
+
+def test_mean_cosine_by_hand():
+    batches = [(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), None), (torch.tensor([[0.0, 2.0]]), None)]
+    cosine = mcl.mean_cosine(lambda x: x, lambda x: x * torch.tensor([1.0, 0.0]) + torch.tensor([0.0, -1.0]), batches)
+    assert cosine == pytest.approx((0.5**0.5 + 0 - 1) / 3)
 
 
 def test_mirror_similarity_by_hand(victim, batches):

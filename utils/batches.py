@@ -97,6 +97,36 @@ class Batches:
             yield images.permute(0, 3, 1, 2).float().div_(255), self.labels[order[batch]]
 
 
+class CutMixBatches:
+    """Batches whose images have a rectangle of another image of the batch (CutMix, Yun et al., ICCV 2019).
+
+    A side of the rectangle is a quarter to three quarters of the image's. An image keeps its label, or has `label` if
+    one of the two has it.
+    """
+
+    def __init__(self, batches, label, rng):
+        self.batches, self.label, self.rng = batches, label, rng
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for images, labels in self.batches:
+            count, _, *size = images.shape
+            rows, columns = (self._inside(count, length, images.device) for length in size)
+            others = torch.randperm(count, generator=self.rng).to(images.device)
+            inside = (rows[:, :, None] & columns[:, None])[:, None]
+            has_label = (labels == self.label) | (labels[others] == self.label)
+            yield torch.where(inside, images[others], images), torch.where(has_label, self.label, labels)
+
+    def _inside(self, count, length, device):
+        """(B, length) bool: the part of one axis that each image's rectangle covers."""
+        covered = torch.randint(length // 4, 3 * length // 4 + 1, (count, 1), generator=self.rng)
+        start = (torch.rand(count, 1, generator=self.rng) * (length - covered + 1)).long()
+        position = torch.arange(length)
+        return ((position >= start) & (position < start + covered)).to(device)
+
+
 def defender_batches(data, batch_size, augment, mirror, seed, device) -> tuple[Batches, Batches, Batches]:
     """Batches of the clean images, each with a generator of its own: to train on, plain ones, and for the search.
 
