@@ -10,7 +10,7 @@ Additions to the paper; those with an option in brackets can be turned off:
   contrast alone pushes x' beyond it (align_weight);
 - the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
   shifted and mirrored (augment);
-- of few clean images, parts are swapped (CutMix);
+- few clean images are mixed: each has a rectangle of another one in it (CutMix);
 - images of the target class are left out of the contrast (contrast);
 - the student's weights are averaged over the last steps (ema);
 - the last layer is made blind to the directions in which the trigger moves the victim's features, where clean images do
