@@ -10,7 +10,7 @@ Additions to the paper; those with an option in brackets can be turned off:
   contrast alone pushes x' beyond it (align_weight);
 - the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
   shifted and mirrored (augment);
-- few clean images are mixed: each has a rectangle of another one in it (CutMix);
+- few clean images are mixed, each with a rectangle of another one: CutMix (augment);
 - images of the target class are left out of the contrast (contrast);
 - the student's weights are averaged over the last steps (ema);
 - the last layer is made blind to the directions in which the trigger moves the victim's features, where clean images do
@@ -19,7 +19,7 @@ Additions to the paper; those with an option in brackets can be turned off:
   makes the student avoid the target label on clean images as well (calibration);
 - a student that still answers to a small pattern is made anew with that pattern, too (rounds);
 - the student's gradient is clipped, for networks without batch normalisation, and dropout is off;
-- where the student's clean features leave the positive ones, it is made anew at a lower rate.
+- a student whose clean features move far from the positive ones is made anew at a lower rate (align_weight).
 """
 
 import copy
@@ -199,7 +199,7 @@ def clean_finetune(victim, batches, device, *, mirror, **training):
 
 
 def purify_gently(context, positive, patterns, batches, trigger, *, lr, align_weight, **options):
-    """purify at the full rate, and at RATE_SHARES of it until the student's clean features stay by the positive ones.
+    """purify at RATE_SHARES of the rate, one after another, until the clean features stay near the positive ones.
 
     A student at a lower rate that the trigger still turns does not count: the one before it is returned. Without the
     alignment, nothing holds the features, and the full rate stays.

@@ -85,6 +85,14 @@ def test_a_clean_model_has_no_options_of_poisoned_images(capsys):
     assert "--noise_ratio applies only with --inject_portion above 0" in capsys.readouterr().err
 
 
+def test_adamw_has_no_momentum(capsys):
+    assert config.parse("train_badnet.py", ["--optimizer", "adamw"])[0].optimizer == "adamw"
+    assert config.parse("train_badnet.py", ["--momentum", "0.5"])[0].momentum == 0.5
+    with pytest.raises(SystemExit):
+        config.parse("train_badnet.py", ["--optimizer", "adamw", "--momentum", "0.5"])
+    assert "--momentum applies only with --optimizer sgd" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["main.py", "train_badnet.py"])
 def test_help_opens_with_the_purpose_and_examples(script, name):
     lines = script(name, "--help").stdout.splitlines()

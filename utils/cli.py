@@ -123,6 +123,7 @@ _POISONS = ("--inject_portion above 0", lambda opt: opt.inject_portion > 0)
 OPTION_CONDITIONS = {
     "image_size": ("--dataset GTSRB or folder", lambda opt: opt.dataset in ("GTSRB", "folder")),
     "target_label": ("--target_type all2one or cleanLabel", lambda opt: opt.target_type != "all2all"),
+    "momentum": ("--optimizer sgd", lambda opt: getattr(opt, "optimizer", "sgd") == "sgd"),
     "finetune_epochs": _FINETUNED,
     "finetune_lr": _FINETUNED,
     "retune_reference": ("--retune", lambda opt: opt.retune),
