@@ -57,7 +57,7 @@ def make_blind(model, directions, batches) -> bool:
     return can_spare
 
 
-def calibrate(model, patterns, batches, target) -> None:
+def calibrate(model, patterns, batches, target, soft_labels=None) -> None:
     """Fit the biases of the last layer, in place, to the labels of x and of the x' that a trigger could turn.
 
     Mean cross-entropy, all other weights fixed. A normal prior of variance 1 on each change keeps the bias of a class
@@ -68,22 +68,23 @@ def calibrate(model, patterns, batches, target) -> None:
         patterns: (V, C, H, W), as in defenses.mcl.purify.
         batches: clean (images, labels).
         target: the label whose images carry no trigger, or ANY_OTHER.
+        soft_labels: (B, C, H, W) images -> (B, K) probabilities, to fit to in place of the labels.
     """
     if model.head.bias is None:
         return
-    add_trigger, logits, labels = PatternApplier(patterns), [], []
+    add_trigger, logits, truth = PatternApplier(patterns), [], []
     with torch.no_grad():
-        for images, true_labels in batches:
-            others = true_labels != target
+        for images, labels in batches:
+            others, wanted = labels != target, soft_labels(images) if soft_labels else labels
             logits += [model(images), model(add_trigger(images)[others])]
-            labels += [true_labels, true_labels[others]]
-    logits, labels = torch.cat(logits), torch.cat(labels)
+            truth += [wanted, wanted[others]]
+    logits, truth = torch.cat(logits), torch.cat(truth)
     change = torch.zeros_like(model.head.bias, requires_grad=True)
     optimizer = torch.optim.LBFGS([change], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss_of():
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits + change, labels) + change.square().sum() / (2 * len(labels))
+        loss = F.cross_entropy(logits + change, truth) + change.square().sum() / (2 * len(truth))
         loss.backward()
         return loss
 

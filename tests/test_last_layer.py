@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import state_vector
 from test_mcl import ONE_STEP, RECIPE
 
@@ -98,6 +99,18 @@ def test_calibration_fits_the_biases_to_the_labels_and_nothing_else(victim, batc
     assert torch.allclose(excess, -change, atol=1e-3)  # the gradient is 0: the excess is the prior's pull
     model.head.bias -= change
     assert torch.allclose(state_vector(model), state_vector(victim))
+
+
+def test_calibration_can_fit_the_biases_to_soft_labels(victim, batches, trigger):
+    def soft_labels(images):
+        return F.one_hot((10 * images[:, 0, 0, 0]).long() % 3, 3) * 0.7 + 0.1
+
+    model, (images, labels) = copy.deepcopy(victim), map(torch.cat, zip(*batches, strict=True))
+    calibrate(model, trigger.patterns, batches, 1, soft_labels)
+    others, wanted = labels != 1, soft_labels(images)
+    images = torch.cat([images, apply_patterns(images[others], trigger.patterns)])
+    excess = model(images).softmax(1).sum(0) - torch.cat([wanted, wanted[others]]).sum(0)
+    assert torch.allclose(excess, victim.head.bias - model.head.bias, atol=1e-3)
 
 
 def test_calibration_bears_a_class_without_images_and_a_layer_without_biases(victim, batches, trigger):

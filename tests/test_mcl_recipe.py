@@ -85,6 +85,21 @@ def test_few_images_are_mixed_for_the_student(make_context, batches, count, augm
         assert used[0] is batches
 
 
+@pytest.mark.parametrize(("count", "positive"), [(499, "auto"), (499, "finetuned"), (500, "auto")])
+def test_few_images_are_calibrated_to_soft_labels(make_context, batches, count, positive, monkeypatch):
+    used, students = [], []
+    monkeypatch.setattr(mcl, "calibrate", lambda *args: used.append(args))
+    monkeypatch.setattr(mcl, "purify", lambda *args, **options: students.append(args[1]) or purify(*args, **options))
+    mcl.defend(make_context(image_count=count), **{**RECIPE, **TRAINING, "positive": positive, "calibration": "bias"})
+    ((*_, truth),) = used
+    if count == 500:
+        assert truth is None
+    else:
+        images = batches[0][0]
+        expected = (students[0](images).softmax(1) + students[0](images.flip(3)).softmax(1)) / 2
+        assert torch.allclose(truth(images), expected)
+
+
 @pytest.mark.parametrize(
     ("cosines", "rates_on", "align_weight", "trained", "returned"),
     [
@@ -100,6 +115,7 @@ def test_the_rate_falls_until_clean_features_stay(
     make_context, batches, cosines, rates_on, align_weight, trained, returned, monkeypatch
 ):
     students, used, compared, tried = [torch.nn.Linear(1, 1) for _ in range(3)], [], [], []
+    cosines, rates_on = list(cosines), list(rates_on)
     for student in students:
         student.features = student.forward
     context, positive = make_context(plain_batches=batches[1:]), make_context().victim
