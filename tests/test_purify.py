@@ -8,12 +8,16 @@ import torch
 from conftest import ROOT, state_vector
 from torch import nn
 
+import config
 from attacks import Attack
-from defenses import DefenseResult, purify, remove_backdoors
+from defenses import DefenseResult, find_target, purify, remove_backdoors
+from defenses.inversion import ANY_OTHER, LabelScore
 from models.loading import load_model
 from utils.errors import UserError
+from utils.seed import generator
 from utils.shapes import draw_shapes
 
+CPU = torch.device("cpu")
 purify_module = sys.modules["defenses.purify"]  # defenses.purify is the function
 
 
@@ -125,6 +129,101 @@ def test_a_further_backdoor_of_the_purified_model_is_removed_too(make_context, v
     found = iter([(1, [], "found 1 again")])
     assert remove_backdoors("mcl", make_context(), {"verify": True}, None, 3)[2] == {1: trigger}
     assert len(runs) == 2
+
+
+class CountingTrigger:
+    """Stands for an inverted trigger; `rate` is the fraction of images that it turns."""
+
+    def __init__(self, rate):
+        self.rate, self.asked = rate, []
+
+    def rate_on(self, model, batches, label):
+        self.asked.append((model, torch.cat([labels for _, labels in batches]).tolist(), label))
+        return self.rate
+
+
+@pytest.mark.parametrize("rate", [None, 0.099, 0.101])
+@pytest.mark.parametrize(
+    ("options", "target", "augmented", "size"),
+    [
+        ({}, 2, True, 64),
+        ({"target": 1, "augment": "none", "batch_size": 4}, 1, False, 4),
+        ({"target": "any", "mirrored": False}, ANY_OTHER, True, 64),
+    ],
+)
+def test_what_the_defense_is_given_and_what_comes_back(options, target, augmented, size, rate, monkeypatch):
+    given, searched, trigger, student = [], [], CountingTrigger(rate), torch.nn.Identity()
+    student.network = nn.Identity()
+
+    def search(*args):
+        searched.append(args)
+        return 2, ["scores"], "reason"
+
+    def remove(*args):
+        given.append(args)
+        return student, ["history"], {target: trigger} if rate is not None else {}
+
+    monkeypatch.setattr(purify_module, "find_target", search)
+    monkeypatch.setattr(purify_module, "remove_backdoors", remove)
+    result = purify(MODEL, IMAGES, LABELS, seed=7, device="cpu", epochs=3, **options)
+
+    ((name, context, recipe, search_batches, num_class),) = given
+    own = {option: value for option, value in options.items() if option != "mirrored"}
+    assert (name, num_class, recipe) == ("mcl", 3, config.DEFENSES["mcl"] | {"epochs": 3} | own)
+    assert (context.target, context.image_count, context.seed, context.device) == (target, 4, 7, torch.device("cpu"))
+    assert (context.augmented, context.mirrored) == (augmented, options.get("mirrored", True))
+    assert context.victim.network is not MODEL
+    assert not context.victim.training
+    assert not any(parameter.requires_grad for parameter in context.victim.parameters())
+    assert torch.allclose(context.victim(IMAGES), MODEL(IMAGES), atol=1e-6)
+    assert (context.train_batches.batch_size, context.plain_batches.batch_size) == (size, 4)
+    images, labels = next(iter(context.plain_batches))
+    assert torch.allclose(images[labels.argsort(stable=True)][2:], IMAGES[1:3], atol=1 / 255)
+    if "target" in options:
+        assert (searched, result.search) == ([], None)
+    else:
+        assert searched == [(context.victim, search_batches, 3, context.device, 7, recipe)]
+        assert result.search == ["scores"]
+    is_purified = None if rate is None else rate < 0.1
+    assert (result.target, result.purified, result.history) == (target, is_purified, ["history"])
+    assert result.model is (None if is_purified is False else student.network)
+    assert result.trigger is (None if rate is None else trigger)
+    assert trigger.asked == ([] if rate is None else [(student, LABELS.tolist(), target)])
+
+
+def test_nothing_is_trained_if_the_search_finds_nothing(monkeypatch):
+    monkeypatch.setattr(purify_module, "find_target", lambda *_: (None, ["scores"], "reason"))
+    assert purify(MODEL, IMAGES, LABELS, device="cpu") == (None, None, ["scores"], None, None, [])
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+def test_suspects_are_inverted_only_if_no_label_is_flagged(victim, flagged, monkeypatch):
+    score, calls = LabelScore(1, "pixels", 9.0, 1.0, -3.0 if flagged else -1.0, 0.1, 0.01), []
+    monkeypatch.setattr(purify_module, "search_target", lambda *args, **named: calls.append((args, named)) or [score])
+    monkeypatch.setattr(purify_module, "invert_suspects", lambda *args: calls.append(args) or [score])
+    options = {"inversion_rounds": 5, "inversion_steps": 6, "inversion_batches": 7, "force": True}
+    label, scores, reason = find_target(victim, "batches", 3, CPU, 4, options, "bf16")
+    ((searched, named), *inverted) = calls
+    assert (searched[:4], named) == ((victim, "batches", 3, CPU), {"precision": "bf16"})
+    assert (label, scores, "suspected" in reason) == (1, [score], flagged)
+    assert [args[:4] + args[5:] for args in inverted] == [(victim, "batches", [score], CPU, 5, 6, 7, "bf16")] * (
+        not flagged
+    )
+    seeds = [rng.initial_seed() for rng in (searched[4], *(args[4] for args in inverted))]
+    assert seeds == [generator(4, name).initial_seed() for name in ("search", "suspects")[: len(seeds)]]
+
+
+def test_a_defense_gets_its_own_options_and_batch_norm_enough_momentum(make_context, victim, monkeypatch):
+    given, layers = [], [layer for layer in victim.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer, momentum in zip(layers, [0.01, 0.5, None], strict=False):
+        layer.momentum = momentum
+    monkeypatch.setitem(purify_module.DEFENSE_FUNCTIONS, "mcl", lambda *args, **named: given.append((args, named)))
+    context, options = make_context(), {**config.DEFENSES["mcl"], "dataset": "CIFAR10"}
+    purify_module.run_defense("mcl", context, options, "bf16")
+    consumed = {"target", "force", "verify", "batch_size", "augment"}
+    expected = {name: value for name, value in config.DEFENSES["mcl"].items() if name not in consumed}
+    assert given == [((context,), expected | {"precision": "bf16"})]
+    assert [layer.momentum for layer in layers[:4]] == [0.1, 0.5, None, 0.1]
 
 
 OWN_PROGRAM = """
