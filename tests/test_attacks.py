@@ -84,6 +84,22 @@ def test_wanet_adds_cover_images_that_keep_their_labels(images):
     assert not triggered[~poisoned[changed]].any()
 
 
+@pytest.mark.parametrize("rate", [0.125, 0.375])
+def test_there_are_as_many_cover_images_as_poisoned_ones_by_default(images, rate):
+    attack = make_attack("wanetTrigger", rate=rate, noise_ratio=1.0)
+    result, _, poisoned = attack.poison(images, torch.arange(8) % 5, generator(1, ""))
+    changed = (result != images).flatten(1).any(1)
+    assert (poisoned.sum(), (changed & ~poisoned).sum()) == (8 * rate, 8 * rate)
+
+
+@pytest.mark.parametrize("chunk_size", [3, 4, 8])
+def test_the_images_of_a_chunk_do_not_depend_on_its_size(images, chunk_size, monkeypatch):
+    attack = make_attack("blendTrigger", rate=1.0)
+    expected = attack.stamp(images)
+    monkeypatch.setattr("attacks.attack.CHUNK_SIZE", chunk_size)
+    assert torch.equal(attack.stamp(images), expected)
+
+
 def test_too_few_images_for_the_cover_images_are_refused(images):
     attack = make_attack("wanetTrigger", rate=0.5, noise_ratio=2.0)
     with pytest.raises(UserError, match="leaves 4 of 8 images, too few for 8 cover images"):

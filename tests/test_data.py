@@ -1,6 +1,7 @@
-"""Batches against a slow crop and flip, the clean split, and the readers."""
+"""Batches against a slow crop and flip, the poisoned and the clean set, and the readers."""
 
 import argparse
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,63 +11,17 @@ import config
 from attacks import Attack
 from data_loader import (
     Batches,
+    DatasetBD,
     DatasetCL,
     TensorImages,
     get_backdoor_loader,
     get_clean_split,
     load_images,
 )
-from utils.batches import CutMixBatches
 from utils.datasets import ImageSet
 from utils.distributed import Processes
 from utils.errors import UserError
 from utils.seed import generator
-
-
-def cut_and_mixed(seed=0, label=-1):
-    """200 batches of six images of 8x16 pixels; image i has the value i everywhere, and the label i."""
-    values = torch.arange(6)
-    batches = [(values[:, None, None, None].expand(6, 3, 8, 16).float(), values)] * 200
-    return list(CutMixBatches(batches, label, generator(seed, "test")))
-
-
-def test_cutmix_puts_a_rectangle_of_another_image_into_each():
-    heights, widths, starts = set(), set(), set()
-    for images, labels in cut_and_mixed():
-        assert labels.tolist() == [0, 1, 2, 3, 4, 5]
-        others = []
-        for label, image in enumerate(images):
-            inside = image[0] != label
-            assert (image == image[:1]).all()
-            if inside.any():  # a permutation may keep an image in its place
-                rows, columns = inside.any(1), inside.any(0)
-                assert torch.equal(inside, rows[:, None] & columns)
-                assert len(image[0][inside].unique()) == 1
-                for axis in (rows, columns):
-                    assert axis.nonzero().diff(dim=0).max() == 1
-                heights.add(int(rows.sum()))
-                widths.add(int(columns.sum()))
-                starts.add((int(rows.nonzero()[0]), int(columns.nonzero()[0])))
-                others.append(int(image[0][inside][0]))
-        assert len(set(others)) == len(others)
-    assert heights == {2, 3, 4, 5, 6}
-    assert widths == set(range(4, 13))
-    assert {row for row, _ in starts} == set(range(7))
-    assert {column for _, column in starts} == set(range(13))
-
-
-def test_cutmix_gives_the_label_to_both_images_that_share_one():
-    for images, labels in cut_and_mixed(label=3):
-        shows = [(image == 3).any().item() for image in images]
-        expected = [3 if shows[label] else label for label in range(6)]
-        assert labels.tolist() == expected
-
-
-def test_cutmix_draws_from_its_generator():
-    first, again, other = (torch.cat([images for images, _ in cut_and_mixed(seed)]) for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert len(CutMixBatches([1, 2], 0, None)) == 2
 
 
 def test_plain_batches_are_the_images_in_order(images):
@@ -185,6 +140,25 @@ def test_the_monitor_set_covers_a_data_set_that_is_sorted_by_class():
     assert get_backdoor_loader(opt, train, attack, "cpu")[1].labels.bincount().tolist() == [100] * 10
     with pytest.raises(UserError, match="--batch_size 64 is not divisible by the 3 processes"):
         get_backdoor_loader(opt, train, attack, "cpu", processes=Processes(0, 3))
+
+
+def test_the_attackers_batches_are_full_and_each_purpose_has_a_generator(images):
+    train = ImageSet(images, torch.arange(8) % 4, list("abcd"))
+    opt = config.parse("train_badnet.py", ["--dataset", "shapes", "--seed", "3", "--batch_size", "5"])[0]
+    attack = Attack("gridTrigger", "all2one", 0, 4, 0.5)
+    batches, _, poisoned = get_backdoor_loader(opt, train, attack, "cpu")
+    assert (len(batches), batches.padding, batches.shuffle) == (1, 4, True)
+    assert batches.rng.initial_seed() == generator(3, "batches").initial_seed()
+    expected = DatasetBD(train.images, train.labels, attack, "train", generator(3, "poison"))
+    assert poisoned.tolist() == expected.poisoned.nonzero()[:, 0].tolist()
+    assert batches.labels.tolist() == expected.labels.tolist()
+
+
+@pytest.mark.parametrize(("num_class", "fits"), [(4, True), (3, False)])
+def test_labels_beyond_the_attacks_classes_are_refused(images, num_class, fits):
+    attack = Attack("gridTrigger", "all2one", 0, num_class, 0.5)
+    with nullcontext() if fits else pytest.raises(UserError, match="the data has label 3, but there are only 3"):
+        DatasetBD(images, torch.arange(8) % 4, attack, "test")
 
 
 def test_the_monitor_set_and_the_clean_split_share_no_image():

@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.seed import generator
 
 CPU = torch.device("cpu")
+NAMES = ("acc", "asr", "ra")
 
 
 @pytest.fixture
@@ -82,6 +83,24 @@ def test_one_step_is_one_of_cross_entropy(monkeypatch, victim, train_set):
     student = copy.deepcopy(victim).requires_grad_(True).train()
     loss = -student(images).log_softmax(1)[range(8), labels].mean()
     assert_weights(retune(victim, batches, CPU), sgd_step_by_hand(student, loss, 0.01))
+
+
+def test_each_draw_is_shuffled_from_a_generator_of_its_own(train_set):
+    opt, attack = (
+        config.parse("main.py", ["--retune", "5", "--seed", "3"])[0],
+        Attack("gridTrigger", "all2one", 1, 3, 0.1),
+    )
+    draws = get_retuning_batches(opt, train_set, attack, CPU)[5]
+    seeds = [generator(3, f"retune batches {draw}").initial_seed() for draw in range(DRAWS)]
+    assert [batches.rng.initial_seed() for batches in draws] == seeds
+    assert all(batches.shuffle and batches.batch_size == 64 for batches in draws)
+
+
+def test_it_is_the_retuned_models_that_are_measured(victim, batches):
+    expected, measured = state_vector(retune(victim, batches, CPU)), []
+    retuned_metrics(victim, {5: [batches] * 2}, lambda model: measured.append(model) or dict.fromkeys(NAMES, 1.0), CPU)
+    assert len(measured) == 2
+    assert all(torch.equal(state_vector(model), expected) for model in measured)
 
 
 def test_means_and_deviations_over_the_draws(victim, batches):

@@ -86,6 +86,11 @@ def test_the_warp_follows_its_formula():
     corner = points[0, :, 0, 0] / points.abs().mean()  # with align_corners, the first control point is the first pixel
     assert grid[0, 0].tolist() == pytest.approx((-1 + 0.5 * corner / SIZE[0]).clamp(-1, 1).tolist())
     assert grid.abs().max() <= 1
+    rows, columns = (torch.linspace(-1, 1, length) for length in SIZE)
+    identity = torch.stack([columns.expand(SIZE), rows[:, None].expand(SIZE)], 2)
+    field = torch.nn.functional.interpolate(points / points.abs().mean(), SIZE, mode="bicubic", align_corners=True)[0]
+    shift = (grid - identity)[1:-1, 1:-1] * SIZE[0] / 0.5  # inside, where no position is clamped
+    assert torch.allclose(shift, field.permute(1, 2, 0)[1:-1, 1:-1], atol=1e-4)
 
 
 def test_wanet_noise_warps_each_image_differently(images):
@@ -144,6 +149,18 @@ def test_adversarial_noise_raises_the_loss_within_its_bound(images):
         nn.functional.cross_entropy(TinyModel()(x.permute(0, 3, 1, 2) / 255), labels) for x in (images, noisy)
     )
     assert after > before
+
+
+def test_the_noise_of_an_image_does_not_depend_on_its_batch(images, monkeypatch):
+    labels = torch.arange(8) % 5
+    noisy = adversarial_noise(images, labels, TinyModel(), 8)
+    monkeypatch.setattr("attacks.label_consistent.BATCH_SIZE", 3)
+    assert torch.equal(adversarial_noise(images, labels, TinyModel(), 8), noisy)
+
+
+def test_the_center_trigger_is_two_pixels_below_and_right_of_the_center_of_any_image():
+    changed = (center_trigger(torch.full((1, 12, 20, 3), 77, dtype=torch.uint8)) != 77).any(3)[0].nonzero()
+    assert changed.min(0).values.tolist() == [8, 12]
 
 
 @pytest.mark.parametrize(

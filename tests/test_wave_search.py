@@ -7,6 +7,7 @@ import torch
 from conftest import FixedBatches
 
 from defenses.inversion import choose_label
+from defenses.inversion.invert import pattern_logits
 from defenses.inversion.scores import LabelScore
 from defenses.inversion.target_search import search_waves
 
@@ -35,6 +36,25 @@ def test_a_label_is_flagged_by_a_low_wave_that_turns_the_images_into_it():
     assert [score.label for score in scores if score.flagged] == [2]
     assert choose_label(scores, False)[0] == 2
     assert scores[2].metadata()["form"] == "wave"
+
+
+def test_patterns_are_added_and_clamped(victim, batches):
+    images, patterns = batches[0][0][:3], torch.stack([torch.full((3, 8, 8), value) for value in (0.7, -0.4)])
+    expected = torch.stack([victim((images + pattern).clamp(0, 1)) for pattern in patterns])
+    assert torch.allclose(pattern_logits(victim, images, patterns), expected, atol=1e-5)
+
+
+def test_a_wave_of_six_cycles_is_low():
+    position = torch.arange(16) / 16
+    low = 0.02 * (2 * math.pi * 6 * position).cos().expand(1, 16, 16)
+
+    class Six(torch.nn.Module):
+        def forward(self, x):
+            size = torch.fft.fft(x.mean((1, 2))).abs()[:, 6] / 8
+            return torch.stack([size, torch.full_like(size, 0.01)], 1)
+
+    images, labels = 0.5 + 0 * low.repeat(60, 3, 1, 1), torch.ones(60, dtype=torch.int64)
+    assert [score.hit_rate for score in search_waves(Six(), FixedBatches([(images, labels)]), 2)] == [1, 0]
 
 
 def test_a_wave_proves_nothing_if_another_label_has_one_that_works_as_well():
