@@ -57,34 +57,34 @@ def make_blind(model, directions, batches) -> bool:
     return can_spare
 
 
-def calibrate(model, patterns, batches, target, soft_labels=None) -> None:
+def calibrate(model, patterns, batches, target, variance=1.0) -> None:
     """Fit the biases of the last layer, in place, to the labels of x and of the x' that a trigger could turn.
 
-    Mean cross-entropy, all other weights fixed. A normal prior of variance 1 on each change keeps the bias of a class
-    with few images or none. A last layer without biases stays as it is.
+    Mean cross-entropy, all other weights fixed. A normal prior on each change keeps the bias of a class with few images
+    or none. A last layer without biases stays as it is.
 
     Args:
         model: in eval mode.
         patterns: (V, C, H, W), as in defenses.mcl.purify.
         batches: clean (images, labels).
         target: the label whose images carry no trigger, or ANY_OTHER.
-        soft_labels: (B, C, H, W) images -> (B, K) probabilities, to fit to in place of the labels.
+        variance: of the prior.
     """
     if model.head.bias is None:
         return
-    add_trigger, logits, truth = PatternApplier(patterns), [], []
+    add_trigger, logits, labels = PatternApplier(patterns), [], []
     with torch.no_grad():
-        for images, labels in batches:
-            others, wanted = labels != target, soft_labels(images) if soft_labels else labels
+        for images, true_labels in batches:
+            others = true_labels != target
             logits += [model(images), model(add_trigger(images)[others])]
-            truth += [wanted, wanted[others]]
-    logits, truth = torch.cat(logits), torch.cat(truth)
+            labels += [true_labels, true_labels[others]]
+    logits, labels = torch.cat(logits), torch.cat(labels)
     change = torch.zeros_like(model.head.bias, requires_grad=True)
     optimizer = torch.optim.LBFGS([change], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss_of():
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits + change, truth) + change.square().sum() / (2 * len(truth))
+        loss = F.cross_entropy(logits + change, labels) + change.square().sum() / (2 * variance * len(labels))
         loss.backward()
         return loss
 

@@ -15,8 +15,8 @@ Additions to the paper; those with an option in brackets can be turned off:
 - the student's weights are averaged over the last steps (ema);
 - the last layer is made blind to the directions in which the trigger moves the victim's features, where clean images do
   not need them, since a trigger stronger than the inverted one moves them further the same way;
-- the biases of the last layer are fitted at the end, since the push away from the backdoored feature makes the student
-  avoid the target label on clean images as well: to the labels, or of few images to soft labels (calibration);
+- the biases of the last layer are fitted to the labels at the end, since the push away from the backdoored feature
+  makes the student avoid the target label on clean images as well (calibration);
 - a student that still answers to a small pattern is made anew with that pattern, too (rounds);
 - the student's gradient is clipped, for networks without batch normalisation, and dropout is off;
 - a student whose clean features move far from the positive ones is made anew at a lower rate (align_weight).
@@ -37,8 +37,8 @@ from utils.training import sgd_step, train
 
 FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the full rate
 # Clean images below which fine-tuning costs more than it gives: batch statistics of 100 take 1.5 points of accuracy. So
-# z+ is the victim's feature, what the student keeps of it counts twice, and the student sees mixed images. The labels
-# of 100 images say too little of how often a class occurs, so that the biases are fitted to soft labels.
+# z+ is the victim's feature, what the student keeps of it counts twice, and the student sees mixed images. How often
+# each class is predicted says little, too, so that the biases move less.
 FEW_IMAGES = 500
 # Least mean cosine of the features of an image and its mirror image at which the two are averaged: pooled features
 # have 0.93 or more, features that keep their place in the image 0.35 to 0.6, and their average is neither's.
@@ -84,8 +84,8 @@ def defend(
             few images bear smaller steps only, and further where the network does not bear it (purify_gently).
         contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
             leaves the alignment alone.
-        calibration: "bias" fits the biases of the last layer to the labels, or below FEW_IMAGES clean images to the
-            soft labels of the positive model; "none" leaves them.
+        calibration: "bias" fits the biases of the last layer to the labels, with a stronger prior below FEW_IMAGES
+            clean images; "none" leaves them.
         rounds: students at most; with 1, the student is not inverted.
         sgd: arguments of utils.training.train that fine-tuning and purification share.
 
@@ -131,8 +131,7 @@ def defend(
             directions = trigger_directions(context.victim, patterns, context.plain_batches, context.target)
             make_blind(student, directions, context.train_batches)
             if calibration == "bias":
-                truth = partial(soft_labels, positive_model, mirror=mirror) if has_few else None
-                calibrate(student, patterns, context.plain_batches, context.target, truth)
+                calibrate(student, patterns, context.plain_batches, context.target, variance=0.1 if has_few else 1.0)
         remaining = context.remaining_trigger(student, *budget) if rounds > 1 else None
         if remaining is None:
             break
@@ -166,11 +165,6 @@ def mirrored_mean(function, images, mirror: bool) -> torch.Tensor:
     return (function(images) + function(images.flip(3))) / 2 if mirror else function(images)
 
 
-def soft_labels(model, images, mirror: bool) -> torch.Tensor:
-    """The model's class probabilities, (B, K), with `mirror` their mean over the images and their mirror images."""
-    return mirrored_mean(lambda x: model(x).softmax(1), images, mirror)
-
-
 def mean_cosine(first, second, batches) -> float:
     """Mean cosine of first(images) and second(images), over the clean (images, labels) batches."""
     with torch.no_grad():
@@ -198,9 +192,9 @@ def clean_finetune(victim, batches, device, *, mirror, **training):
 
     def loss_of(images, labels):
         with torch.no_grad():
-            probabilities = soft_labels(victim, images, mirror)
+            soft_labels = mirrored_mean(lambda x: victim(x).softmax(1), images, mirror)
         logits = model(images)
-        return F.cross_entropy(logits, labels) + F.cross_entropy(logits, probabilities)
+        return F.cross_entropy(logits, labels) + F.cross_entropy(logits, soft_labels)
 
     train(model, batches, loss_of, device, title="finetune", dropout=False, **training)
     return model.eval().requires_grad_(False)

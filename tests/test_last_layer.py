@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import state_vector
 from test_mcl import ONE_STEP, RECIPE
 
@@ -87,30 +86,19 @@ def test_the_student_is_made_blind_to_the_victims_directions(make_context, victi
     assert not torch.allclose(sighted.head.weight @ directions.T, torch.zeros(3, len(directions)), atol=1e-3)
 
 
-def test_calibration_fits_the_biases_to_the_labels_and_nothing_else(victim, batches, trigger):
+@pytest.mark.parametrize("variance", [1.0, 0.1])
+def test_calibration_fits_the_biases_to_the_labels_and_nothing_else(victim, batches, trigger, variance):
     model, (images, labels) = copy.deepcopy(victim), map(torch.cat, zip(*batches, strict=True))
-    calibrate(model, trigger.patterns, batches, 1)
+    calibrate(model, trigger.patterns, batches, 1, variance)
     change = model.head.bias - victim.head.bias
     assert change.abs().max() > 0.1
     others = labels != 1
     images = torch.cat([images, apply_patterns(images[others], trigger.patterns)])
     labels = torch.cat([labels, labels[others]])
     excess = model(images).softmax(1).sum(0) - torch.stack([(labels == label).sum() for label in range(3)])
-    assert torch.allclose(excess, -change, atol=1e-3)  # the gradient is 0: the excess is the prior's pull
+    assert torch.allclose(excess, -change / variance, atol=3e-3)  # the gradient is 0: the excess is the prior's pull
     model.head.bias -= change
     assert torch.allclose(state_vector(model), state_vector(victim))
-
-
-def test_calibration_can_fit_the_biases_to_soft_labels(victim, batches, trigger):
-    def soft_labels(images):
-        return F.one_hot((10 * images[:, 0, 0, 0]).long() % 3, 3) * 0.7 + 0.1
-
-    model, (images, labels) = copy.deepcopy(victim), map(torch.cat, zip(*batches, strict=True))
-    calibrate(model, trigger.patterns, batches, 1, soft_labels)
-    others, wanted = labels != 1, soft_labels(images)
-    images = torch.cat([images, apply_patterns(images[others], trigger.patterns)])
-    excess = model(images).softmax(1).sum(0) - torch.cat([wanted, wanted[others]]).sum(0)
-    assert torch.allclose(excess, victim.head.bias - model.head.bias, atol=1e-3)
 
 
 def test_calibration_bears_a_class_without_images_and_a_layer_without_biases(victim, batches, trigger):

@@ -85,19 +85,14 @@ def test_few_images_are_mixed_for_the_student(make_context, batches, count, augm
         assert used[0] is batches
 
 
-@pytest.mark.parametrize(("count", "positive"), [(499, "auto"), (499, "finetuned"), (500, "auto")])
-def test_few_images_are_calibrated_to_soft_labels(make_context, batches, count, positive, monkeypatch):
-    used, students = [], []
-    monkeypatch.setattr(mcl, "calibrate", lambda *args: used.append(args))
-    monkeypatch.setattr(mcl, "purify", lambda *args, **options: students.append(args[1]) or purify(*args, **options))
-    mcl.defend(make_context(image_count=count), **{**RECIPE, **TRAINING, "positive": positive, "calibration": "bias"})
-    ((*_, truth),) = used
-    if count == 500:
-        assert truth is None
-    else:
-        images = batches[0][0]
-        expected = (students[0](images).softmax(1) + students[0](images.flip(3)).softmax(1)) / 2
-        assert torch.allclose(truth(images), expected)
+@pytest.mark.parametrize(("count", "variance"), [(499, 0.1), (500, 1.0)])
+def test_few_images_move_the_biases_less(make_context, batches, trigger, count, variance, monkeypatch):
+    used = []
+    monkeypatch.setattr(mcl, "calibrate", lambda student, *args, variance: used.append((*args, variance)))
+    mcl.defend(make_context(image_count=count, augmented=False), **{**RECIPE, **TRAINING, "calibration": "bias"})
+    ((patterns, *rest),) = used
+    assert torch.equal(patterns, trigger.patterns)
+    assert rest == [batches, 1, variance]
 
 
 @pytest.mark.parametrize(
