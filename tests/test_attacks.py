@@ -9,6 +9,7 @@ import config
 from attacks import TRIGGERS, Attack, build_attack
 from attacks.attack import TriggerSpec
 from attacks.label_consistent import adversarial_noise
+from attacks.stated import options_as_used
 from data_loader import DatasetBD, get_eval_set
 from models import select_model
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -189,6 +190,22 @@ def test_a_new_trigger_needs_a_function_an_entry_and_its_values(images, script, 
         attack = build_attack(opt, 10, (10, 11))
         assert torch.equal(attack.stamp(images), stripe_trigger(images, height))
         assert torch.equal(Attack.from_state(attack.state()).stamp(images), attack.stamp(images))
+
+
+def test_a_checkpoint_states_the_attack_that_is_used():
+    opt, attack = config.parse("main.py", [])[0], make_attack("blendTrigger", target_type="all2all")
+    opt.model = "file"
+    stated = {"arch": "WRN-10-1", "num_class": 5, "normalization": "numbers", "attack": attack.state()}
+    used = options_as_used(opt, set(), stated)
+    assert (used.arch, used.num_class, used.normalize) == ("WRN-10-1", 5, "numbers")
+    assert (used.trigger_type, used.target_type, used.target_label) == ("blendTrigger", "all2all", None)
+    assert used.opacity == attack.trigger_options["opacity"]
+    assert used.delta is None
+    for name, message in {"opacity": "its attack, blendTrigger, all2all; leave", "arch": "its arch, WRN-10-1;"}.items():
+        with pytest.raises(UserError, match=f"file states {message}.*--{name}"):
+            options_as_used(opt, {name}, stated)
+    assert options_as_used(opt, set(), {}).trigger_type is None
+    assert options_as_used(opt, {"trigger_type"}, {}).trigger_type == opt.trigger_type
 
 
 def test_an_attack_refuses_invalid_values():

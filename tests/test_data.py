@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import config
-from attacks import Attack
+from attacks import Attack, UnknownAttack
 from data_loader import (
     Batches,
     DatasetBD,
@@ -16,9 +16,10 @@ from data_loader import (
     TensorImages,
     get_backdoor_loader,
     get_clean_split,
+    get_normalization,
     load_images,
 )
-from utils.datasets import ImageSet
+from utils.datasets import NORMALIZATION, ImageSet
 from utils.distributed import Processes
 from utils.errors import UserError
 from utils.seed import generator
@@ -159,6 +160,27 @@ def test_labels_beyond_the_attacks_classes_are_refused(images, num_class, fits):
     attack = Attack("gridTrigger", "all2one", 0, num_class, 0.5)
     with nullcontext() if fits else pytest.raises(UserError, match="the data has label 3, but there are only 3"):
         DatasetBD(images, torch.arange(8) % 4, attack, "test")
+
+
+@pytest.mark.parametrize(("augment", "padding"), [("crop_flip", 2), ("none", None)])
+def test_the_clean_split_is_of_the_size_that_the_options_ask_for(augment, padding):
+    train = ImageSet(torch.zeros(40, 8, 8, 3, dtype=torch.uint8), torch.arange(40) % 4, list("abcd"))
+    opt = options("--dataset", "shapes", "--clean", "8", "--augment", augment)
+    split = get_clean_split(opt, train, Attack("gridTrigger", "all2one", 0, 4, 0.5), "cpu")
+    assert train.labels[split.index].bincount().tolist() == [2, 2, 2, 2]
+    assert (split.train.padding, split.plain.padding) == (padding, None)
+    opt.clean = 40
+    assert len(get_clean_split(opt, train, UnknownAttack(4), "cpu").monitor_set.labels) == 40  # there are no others
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("dataset", NORMALIZATION["CIFAR10"]), ("none", ((0.0,) * 3, (1.0,) * 3)), (((1, 2, 3), (4, 5, 6)), None)],
+)
+def test_the_normalization_is_the_data_sets_none_or_the_numbers_given(value, expected):
+    opt = options()
+    opt.normalize = value
+    assert get_normalization(opt) == (expected or value)
 
 
 def test_the_monitor_set_and_the_clean_split_share_no_image():

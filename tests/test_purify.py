@@ -94,6 +94,8 @@ MODEL = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     ("change", "message"),
     [
         ({"images": IMAGES * 2 - 1}, "floats in .0, 1., without normalisation"),
+        ({"images": IMAGES[:, :1]}, "must be .N, 3, H, W. floats in .0, 1."),
+        ({"images": IMAGES.double().int()}, "must be .N, 3, H, W. floats in .0, 1."),
         ({"images": IMAGES[:3]}, r"not \(3, 3, 8, 8\) and \(4,\)"),
         ({"labels": LABELS + 2}, "label 4 is not one of the model's labels 0..2"),
         ({"defense": "ntc"}, "no defense named 'ntc'; did you mean nc"),
@@ -108,15 +110,19 @@ def test_what_does_not_fit_is_told_before_any_work(change, message):
 
 
 def test_a_further_backdoor_of_the_purified_model_is_removed_too(make_context, victim, trigger, monkeypatch, capsys):
-    found, runs = iter([(2, [], "found 2"), (None, [], "none")]), []
+    found, runs, searched = iter([(2, [], "found 2"), (None, [], "none")]), [], []
 
-    def run(name, context, options, precision):
+    def run(*args):
+        name, context, options, precision = args
+        assert (name, options["verify"] in (True, False), precision) == ("mcl", True, "bf16")
         runs.append(context)
         return DefenseResult(copy.deepcopy(context.victim).requires_grad_(True), [{"epoch": 1}, {"epoch": 2}], trigger)
 
     monkeypatch.setattr(purify_module, "run_defense", run)
-    monkeypatch.setattr(purify_module, "find_target", lambda *_: next(found))
-    student, history, triggers = remove_backdoors("mcl", make_context(), {"verify": True}, None, 3)
+    monkeypatch.setattr(purify_module, "find_target", lambda *args: searched.append(args[1:]) or next(found))
+    options = {"verify": True, "force": True}
+    student, history, triggers = remove_backdoors("mcl", make_context(seed=5), options, "images", 3, "bf16")
+    assert searched == [("images", 3, CPU, 5, {"verify": True, "force": False}, "bf16")] * 2
     assert [context.target for context in runs] == [1, 2]
     assert runs[0].victim is victim
     assert runs[1].victim is not student
@@ -125,9 +131,9 @@ def test_a_further_backdoor_of_the_purified_model_is_removed_too(make_context, v
     assert triggers == {1: trigger, 2: trigger}
     assert "the purified model: found 2" in capsys.readouterr().out
     runs.clear()
-    assert remove_backdoors("mcl", make_context(), {"verify": False}, None, 3)[2] == {1: trigger}
+    assert remove_backdoors("mcl", make_context(), {"verify": False}, None, 3, "bf16")[2] == {1: trigger}
     found = iter([(1, [], "found 1 again")])
-    assert remove_backdoors("mcl", make_context(), {"verify": True}, None, 3)[2] == {1: trigger}
+    assert remove_backdoors("mcl", make_context(), {"verify": True}, None, 3, "bf16")[2] == {1: trigger}
     assert len(runs) == 2
 
 
@@ -177,6 +183,7 @@ def test_what_the_defense_is_given_and_what_comes_back(options, target, augmente
     assert not any(parameter.requires_grad for parameter in context.victim.parameters())
     assert torch.allclose(context.victim(IMAGES), MODEL(IMAGES), atol=1e-6)
     assert (context.train_batches.batch_size, context.plain_batches.batch_size) == (size, 4)
+    assert context.train_batches.mirror == options.get("mirrored", True)
     images, labels = next(iter(context.plain_batches))
     assert torch.allclose(images[labels.argsort(stable=True)][2:], IMAGES[1:3], atol=1 / 255)
     if "target" in options:

@@ -123,7 +123,20 @@ def test_a_missing_or_broken_picture_file_is_refused(tmp_path):
             blend_picture(SIZE, generator(1, ""), str(tmp_path / name))
 
 
-def test_a_trojan_patch_excites_the_neurons_with_the_largest_weights():
+def test_a_drawn_picture_has_discs_on_a_vertical_gradient():
+    picture = blend_picture((64, 48), generator(1, "picture"))["picture"]
+    top, bottom = 255 * torch.randint(2, (14, 3), generator=generator(1, "picture")).float()[:2]
+    share = torch.linspace(0, 1, 64)[:, None]
+    gradient = (top * (1 - share) + bottom * share).round()
+    is_gradient = ((picture - gradient[:, None]).abs() <= 1).all(2)
+    assert is_gradient.any(1).all()  # in each row, something is left of it
+    assert is_gradient[0].float().mean() > 0.5
+    discs = picture[~is_gradient]
+    assert ((discs == 0) | (discs == 255)).all()  # saturated colours
+    assert 0.2 < (~is_gradient).float().mean() < 0.9
+
+
+def test_a_trojan_patch_excites_the_neurons_with_the_largest_weights(monkeypatch):
     patch = trojan_patch(SIZE, generator(1, "patch"), TinyModel(), 4, 3)["patch"]
     assert patch.shape == (3, 4, 3)
     assert torch.equal(patch, trojan_patch(SIZE, generator(1, "patch"), TinyModel(), 4, 3)["patch"])
@@ -137,6 +150,11 @@ def test_a_trojan_patch_excites_the_neurons_with_the_largest_weights():
     rng = generator(2, "others")
     others = [torch.randint(256, patch.shape, dtype=torch.uint8, generator=rng) for _ in range(50)]
     assert activation(patch) > max(map(activation, others))
+    monkeypatch.setattr("attacks.trojan.STEPS", 0)
+    monkeypatch.setattr("attacks.trojan.CANDIDATES", 8)
+    drawn = (torch.rand(8, 3, 3, 4, generator=generator(1, "patch")) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+    best = trojan_patch(SIZE, generator(1, "patch"), TinyModel(), 4, 3)["patch"]
+    assert torch.equal(best, max(drawn, key=activation))
     with pytest.raises(UserError, match="needs 11x3 pixels"):
         trojan_patch(SIZE, generator(1, "patch"), TinyModel(), 2, 10)
 

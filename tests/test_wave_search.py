@@ -3,11 +3,13 @@
 import dataclasses
 import math
 
+import pytest
 import torch
 from conftest import FixedBatches
 
 from defenses.inversion import choose_label
 from defenses.inversion.invert import pattern_logits
+from defenses.inversion.patterns import WAVE_HEIGHT
 from defenses.inversion.scores import LabelScore
 from defenses.inversion.target_search import search_waves
 
@@ -54,7 +56,9 @@ def test_a_wave_of_six_cycles_is_low():
             return torch.stack([size, torch.full_like(size, 0.01)], 1)
 
     images, labels = 0.5 + 0 * low.repeat(60, 3, 1, 1), torch.ones(60, dtype=torch.int64)
-    assert [score.hit_rate for score in search_waves(Six(), FixedBatches([(images, labels)]), 2)] == [1, 0]
+    scores = search_waves(Six(), FixedBatches([(images, labels)]), 2)
+    assert [score.hit_rate for score in scores] == [1, 0]
+    assert scores[0].of_range == pytest.approx(WAVE_HEIGHT * 2 / math.pi, rel=0.05)  # the mean height of a sine
 
 
 def test_a_wave_proves_nothing_if_another_label_has_one_that_works_as_well():
