@@ -86,7 +86,7 @@ def run(opt, explicit, name) -> dict:
         metrics = {"before": evaluate(victim, test, attack), "after": None}
     models, history, triggers, inverted = {"before": victim}, [], {}, NOT_INVERTED
 
-    target, scores = search_label(opt, victim, split, attack.num_class, device, clock)
+    target, scores = label_to_defend(opt, victim, split, attack.num_class, device, clock)
     found_nothing = scores is not None and target is None
     if opt.defense != "none" and not found_nothing:
         goal = "" if target is None else f"; defending against {label_name(target)}"
@@ -196,7 +196,7 @@ def load_victim(opt, explicit, test_set, device):
     return model, attack, used, {**metadata, "dataset": opt.dataset, "image_size": size, "attack": attack.state()}
 
 
-def search_label(opt, victim, split, num_class, device, clock):
+def label_to_defend(opt, victim, split, num_class, device, clock):
     """The label to defend against (None if there is none), and the scores of the search (None without a search)."""
     if opt.target != "auto":
         return ANY_OTHER if opt.target == "any" else opt.target, None

@@ -14,7 +14,7 @@ DIRECTION_IMAGES = 1_000  # clean images from which the directions are computed
 def trigger_directions(victim, patterns, batches, target) -> torch.Tensor:
     """The main directions of g_B(x') - g_B(x) over up to DIRECTION_IMAGES images x of other labels than the target.
 
-    Arguments as in defenses.mcl.purify.
+    Arguments as in defenses.mcl.train_student.
 
     Returns:
         (D', D) right singular vectors, D' up to DIRECTIONS, the one of the largest shifts first.
@@ -65,7 +65,7 @@ def calibrate(model, patterns, batches, target, variance=1.0) -> None:
 
     Args:
         model: in eval mode.
-        patterns: (V, C, H, W), as in defenses.mcl.purify.
+        patterns: (V, C, H, W), as in defenses.mcl.train_student.
         batches: clean (images, labels).
         target: the label whose images carry no trigger, or ANY_OTHER.
         variance: of the prior.

@@ -81,7 +81,7 @@ def defend(
             victim below FEW_IMAGES clean images, else f_F.
         align_weight: weight of the alignment loss, doubled below FEW_IMAGES clean images.
         lr: peak rate of the student; it falls with the cube root of the number of images below FULL_RATE_IMAGES, since
-            few images bear smaller steps only, and further where the network does not bear it (purify_gently).
+            few images bear smaller steps only, and further where the network does not bear it (train_student_gently).
         contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
             leaves the alignment alone.
         calibration: "bias" fits the biases of the last layer to the labels, with a stronger prior below FEW_IMAGES
@@ -112,7 +112,7 @@ def defend(
         batches = CutMixBatches(batches, context.target, generator(context.seed, "cutmix"))
     for _ in range(rounds):
         with context.clock("purify"):
-            student, history = purify_gently(
+            student, history = train_student_gently(
                 context,
                 positive_model,
                 patterns,
@@ -200,8 +200,8 @@ def clean_finetune(victim, batches, device, *, mirror, **training):
     return model.eval().requires_grad_(False)
 
 
-def purify_gently(context, positive, patterns, batches, trigger, *, lr, align_weight, **options):
-    """purify at RATE_SHARES of the rate, one after another, until the clean features stay near the positive ones.
+def train_student_gently(context, positive, patterns, batches, trigger, *, lr, align_weight, **options):
+    """train_student at one of RATE_SHARES of the rate after another, until clean features stay near the positive ones.
 
     A student at a lower rate that the trigger still turns does not count: the one before it is returned. Without the
     alignment, nothing holds the features, and the full rate stays.
@@ -209,12 +209,12 @@ def purify_gently(context, positive, patterns, batches, trigger, *, lr, align_we
     Args:
         context: a defenses.base.DefenseContext.
         trigger: the InvertedTrigger.
-        lr, align_weight, options: as in purify, which the other arguments are passed to as well.
+        lr, align_weight, options: as in train_student, which the other arguments are passed to as well.
     """
     student = history = None
     for share in RATE_SHARES:
         settings = {"lr": share * lr, "align_weight": align_weight, **options}
-        candidate, rows = purify(context.victim, positive, patterns, batches, context.device, **settings)
+        candidate, rows = train_student(context.victim, positive, patterns, batches, context.device, **settings)
         if student is not None and trigger.rate_on(candidate, context.plain_batches, context.target) > 1 - HIT_RATE:
             break
         student, history = candidate, rows
@@ -225,7 +225,7 @@ def purify_gently(context, positive, patterns, batches, trigger, *, lr, align_we
     return student, history
 
 
-def purify(
+def train_student(
     victim, positive, patterns, batches, device, *, temperature, align_weight, mirror, target, contrast=True, **training
 ):
     """Make f_S from f_B by contrastive learning on the clean split.

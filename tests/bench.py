@@ -29,7 +29,7 @@ import config
 from attacks import Attack
 from data_loader import EVAL_BATCH, Batches, DatasetBD, TensorImages, load_images
 from defenses.inversion.invert import invert_trigger
-from defenses.mcl import contrastive_loss, purify
+from defenses.mcl import contrastive_loss, train_student
 from models.loading import load_model
 from utils.checkpoint import read_checkpoint
 from utils.datasets import NORMALIZATION
@@ -142,7 +142,7 @@ def our_purification(victim, images, labels, opt):
     batches = Batches(TensorImages(images, labels), 64, opt.device, shuffle=True, padding=2)
     settings = {"temperature": 0.15, "align_weight": 12.0, "mirror": True, "target": 5, "ema": 0.97, **SGD}
     pattern = torch.zeros(1, 3, 32, 32, device=opt.device)
-    purify(victim, victim, pattern, batches, opt.device, epochs=1, precision=opt.precision, **settings)
+    train_student(victim, victim, pattern, batches, opt.device, epochs=1, precision=opt.precision, **settings)
 
 
 def our_evaluation(victim, images, labels, opt):

@@ -10,7 +10,7 @@ from conftest import assert_weights, sgd_step_by_hand, state_vector
 
 from defenses import last_layer, mcl
 from defenses.inversion import apply_patterns, shifted_patterns
-from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, purify
+from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, train_student
 
 CPU = torch.device("cpu")
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -87,15 +87,15 @@ def test_clean_finetuning_learns_the_labels_and_freezes_the_model(victim, batche
     assert not tuned.training
 
 
-def run_purify(victim, trigger, batches, positive=None, **changes):
+def run_training(victim, trigger, batches, positive=None, **changes):
     settings = {"temperature": 0.5, "align_weight": 1.0, "mirror": False, "target": None, "ema": 0.0, **TRAINING}
-    return purify(victim, positive or victim, trigger.pattern[None], batches, CPU, **{**settings, **changes})
+    return train_student(victim, positive or victim, trigger.pattern[None], batches, CPU, **{**settings, **changes})
 
 
-def test_purify_trains_the_student_and_leaves_the_other_models_alone(victim, trigger, batches):
+def test_the_student_is_trained_and_leaves_the_other_models_alone(victim, trigger, batches):
     positive = clean_finetune(victim, batches, CPU, mirror=True, **TRAINING)
     before = state_vector(victim), state_vector(positive)
-    student, history = run_purify(victim, trigger, batches, positive)
+    student, history = run_training(victim, trigger, batches, positive)
     assert torch.equal(state_vector(victim), before[0])
     assert torch.equal(state_vector(positive), before[1])
     assert not torch.equal(state_vector(student), before[0])
@@ -107,14 +107,14 @@ def test_purify_trains_the_student_and_leaves_the_other_models_alone(victim, tri
 
 def test_the_student_has_the_last_layer_of_the_positive(victim, trigger, batches):
     positive = clean_finetune(victim, batches, CPU, mirror=True, **TRAINING)
-    student, _ = run_purify(victim, trigger, batches, positive)
+    student, _ = run_training(victim, trigger, batches, positive)
     assert not torch.equal(positive.head.weight, victim.head.weight)
     assert torch.equal(student.head.weight, positive.head.weight)
     assert torch.equal(student.head.bias, positive.head.bias)
 
 
-def test_purify_separates_triggered_features_from_the_victims(victim, trigger, batches):
-    student, _ = run_purify(victim, trigger, batches, epochs=10)
+def test_training_separates_triggered_features_from_the_victims(victim, trigger, batches):
+    student, _ = run_training(victim, trigger, batches, epochs=10)
 
     def margin(model):
         """cos(z, z+) - cos(z, z-), summed over the batches."""
@@ -145,15 +145,15 @@ def test_purify_separates_triggered_features_from_the_victims(victim, trigger, b
         {"precision": "bf16"},
     ],
 )
-def test_every_setting_of_purify_changes_the_student(victim, trigger, batches, change):
-    default, changed = (run_purify(victim, trigger, batches, **settings)[0] for settings in ({}, change))
+def test_every_setting_changes_the_student(victim, trigger, batches, change):
+    default, changed = (run_training(victim, trigger, batches, **settings)[0] for settings in ({}, change))
     assert not torch.equal(state_vector(default), state_vector(changed))
 
 
 def test_images_of_the_target_class_alone_give_no_contrast(victim, trigger):
     rng = torch.Generator().manual_seed(0)
     only_target = [(torch.rand(8, 3, 8, 8, generator=rng), torch.ones(8, dtype=torch.int64))]
-    _, history = run_purify(victim, trigger, only_target, align_weight=0.0, target=1)
+    _, history = run_training(victim, trigger, only_target, align_weight=0.0, target=1)
     assert [row["loss"] for row in history] == [0.0, 0.0]
 
 
@@ -173,7 +173,7 @@ def loss_by_hand(student, victim, positive, images, triggered, in_contrast, mirr
 
 def test_the_loss_of_a_batch_by_hand(victim, trigger, batches):
     images, labels = batches[0]
-    _, history = run_purify(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1)
+    _, history = run_training(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1)
     student, triggered = copy.deepcopy(victim).train(), apply_patterns(images, trigger.pattern[None])
     expected = loss_by_hand(student, victim, victim, images, triggered, labels != 1, False, 0.5, 3.0)
     assert history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
@@ -242,7 +242,7 @@ def test_the_rate_falls_with_the_cube_root_of_the_images(make_context, count, sh
 
 def test_the_students_gradient_is_clipped(victim, trigger, batches, monkeypatch):
     monkeypatch.setattr(mcl, "MAX_GRADIENT", 1e-3)
-    student, _ = run_purify(victim, trigger, batches[:1], **ONE_STEP)
+    student, _ = run_training(victim, trigger, batches[:1], **ONE_STEP)
     weights, before = dict(student.named_parameters()), dict(victim.named_parameters())
     trained = [name for name in weights if not name.startswith("network.fc")]  # features do not depend on the head
     moved = sum((weights[name] - before[name]).square().sum().item() for name in trained) ** 0.5

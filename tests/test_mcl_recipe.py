@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import state_vector
-from test_mcl import RECIPE, TRAINING, run_purify
+from test_mcl import RECIPE, TRAINING, run_training
 
 from defenses import mcl
 from defenses.inversion import InvertedTrigger, shifted_patterns
-from defenses.mcl import clean_finetune, purify
+from defenses.mcl import clean_finetune, train_student
 from utils.batches import CutMixBatches
 from utils.seed import generator
 
@@ -21,7 +21,7 @@ def test_a_student_that_answers_to_another_pattern_is_made_anew(make_context, tr
     rests, used, inverted, shifted = [other, other, other if remains else None], [], [], []
     monkeypatch.setattr("defenses.base.invert_trigger", lambda model, *_: inverted.append(model) or rests.pop(0))
     monkeypatch.setattr("defenses.base.MAX_REMAINING", 1.0)
-    monkeypatch.setattr(mcl, "purify", lambda *args, **_: used.append(args[2]) or purify(*args, **_))
+    monkeypatch.setattr(mcl, "train_student", lambda *args, **_: used.append(args[2]) or train_student(*args, **_))
     monkeypatch.setattr(
         "defenses.base.shifted_patterns", lambda model, found, *_: shifted.append(model) or found.pattern[None]
     )
@@ -50,7 +50,7 @@ def test_features_that_differ_in_the_mirror_are_not_averaged(make_context, simil
     used = []
     monkeypatch.setattr(mcl, "mirror_similarity", lambda *_: similarity)
     monkeypatch.setattr(
-        mcl, "purify", lambda *args, mirror, **_: used.append(mirror) or purify(*args, mirror=mirror, **_)
+        mcl, "train_student", lambda *args, mirror, **_: used.append(mirror) or train_student(*args, mirror=mirror, **_)
     )
     mcl.defend(make_context(augmented=True), **{**RECIPE, **TRAINING})
     assert used == [averaged]
@@ -63,7 +63,7 @@ def test_features_that_differ_in_the_mirror_are_not_averaged(make_context, simil
 def test_few_images_keep_the_victims_features(make_context, count, positive, is_victim, weight, monkeypatch):
     used = []
     monkeypatch.setattr(
-        mcl, "purify", lambda *args, **options: used.append((args, options)) or purify(*args, **options)
+        mcl, "train_student", lambda *args, **options: used.append((args, options)) or train_student(*args, **options)
     )
     context = make_context(image_count=count)
     mcl.defend(context, **{**RECIPE, **TRAINING, "positive": positive, "align_weight": 3})
@@ -75,7 +75,9 @@ def test_few_images_keep_the_victims_features(make_context, count, positive, is_
 @pytest.mark.parametrize(("count", "augmented", "mixed"), [(499, True, True), (500, True, False), (499, False, False)])
 def test_few_images_are_mixed_for_the_student(make_context, batches, count, augmented, mixed, monkeypatch):
     used = []
-    monkeypatch.setattr(mcl, "purify", lambda *args, **options: used.append(args[3]) or purify(*args, **options))
+    monkeypatch.setattr(
+        mcl, "train_student", lambda *args, **options: used.append(args[3]) or train_student(*args, **options)
+    )
     mcl.defend(make_context(image_count=count, augmented=augmented, target=2, seed=5), **{**RECIPE, **TRAINING})
     assert isinstance(used[0], CutMixBatches) == mixed
     if mixed:
@@ -115,7 +117,7 @@ def test_the_rate_falls_until_clean_features_stay(
         student.features = student.forward
     context, positive = make_context(plain_batches=batches[1:]), make_context().victim
 
-    def train_student(*args, **options):
+    def train(*args, **options):
         used.append((args, options))
         return students[len(used) - 1], [len(used) - 1]
 
@@ -125,10 +127,10 @@ def test_the_rate_falls_until_clean_features_stay(
             return rates_on.pop(0)
 
     monkeypatch.setattr(mcl, "CLEAN_SIMILARITY", 0.98)
-    monkeypatch.setattr(mcl, "purify", train_student)
+    monkeypatch.setattr(mcl, "train_student", train)
     monkeypatch.setattr(mcl, "mean_cosine", lambda *args: compared.append(args) or cosines.pop(0))
     options = {"lr": 0.9, "align_weight": align_weight, "mirror": True}
-    result = mcl.purify_gently(context, positive, "patterns", "batches", Trigger(), **options)
+    result = mcl.train_student_gently(context, positive, "patterns", "batches", Trigger(), **options)
     assert (result[0] is students[returned], result[1]) == (True, [returned])
     assert [args for args, _ in used] == [(context.victim, positive, "patterns", "batches", CPU)] * trained
     assert [settings for _, settings in used] == [{**options, "lr": pytest.approx(0.9 / 3**i)} for i in range(trained)]
@@ -160,7 +162,7 @@ def test_dropout_is_off_in_fine_tuning_and_in_the_student(victim, trigger, batch
     for seed in (0, 1):
         torch.manual_seed(seed)
         positive = clean_finetune(victim, batches, CPU, mirror=False, **TRAINING)
-        results.append((positive, run_purify(victim, trigger, batches, positive)[0]))
+        results.append((positive, run_training(victim, trigger, batches, positive)[0]))
     for first, second in zip(*results, strict=True):
         assert torch.equal(state_vector(first), state_vector(second))
 

@@ -31,7 +31,7 @@ def test_quantised_pattern_drops_changes_below_one_grey_level():
     parameters[:, 1] = 0
     form = PixelForm((1, 1, 3))
     assert form.quantised(parameters).flatten().tolist() == [0.5, 0.0, 0.0]
-    assert form.area(form.quantised(parameters)[0]) == 1
+    assert form.extent(form.quantised(parameters)[0]) == 1
     assert form.norm(torch.full((2, 3, 4, 4), -0.5)).tolist() == [24.0, 24.0]
 
 
@@ -40,7 +40,7 @@ def test_warp_penalty_and_norm_by_hand():
     parameters = torch.full((1, 2, 8, 8), 0.4)  # -1 to 1 are 15 pixels: these are 3
     assert form.penalty(parameters).tolist() == pytest.approx([0.16])
     assert form.norm(form.pattern(parameters)).tolist() == pytest.approx([3.0])
-    assert form.area(form.pattern(parameters)[0]) == pytest.approx(3.0)
+    assert form.extent(form.pattern(parameters)[0]) == pytest.approx(3.0)
 
 
 def test_warp_reads_each_pixel_at_its_offset():

@@ -141,10 +141,10 @@ class CountingTrigger:
     """Stands for an inverted trigger; `rate` is the fraction of images that it turns."""
 
     def __init__(self, rate):
-        self.rate, self.asked = rate, []
+        self.rate, self.measured = rate, []
 
     def rate_on(self, model, batches, label):
-        self.asked.append((model, torch.cat([labels for _, labels in batches]).tolist(), label))
+        self.measured.append((model, torch.cat([labels for _, labels in batches]).tolist(), label))
         return self.rate
 
 
@@ -195,7 +195,7 @@ def test_what_the_defense_is_given_and_what_comes_back(options, target, augmente
     assert (result.target, result.purified, result.history) == (target, is_purified, ["history"])
     assert result.model is (None if is_purified is False else student.network)
     assert result.trigger is (None if rate is None else trigger)
-    assert trigger.asked == ([] if rate is None else [(student, LABELS.tolist(), target)])
+    assert trigger.measured == ([] if rate is None else [(student, LABELS.tolist(), target)])
 
 
 def test_nothing_is_trained_if_the_search_finds_nothing(monkeypatch):

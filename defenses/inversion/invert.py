@@ -116,7 +116,7 @@ def invert_warp(victim, batches, target, device, rng, steps, batches_per_step, p
         budget = steps, batches_per_step, precision, bar
         start = form.start(1, rng).to(device)
         found = optimise_pattern(victim, endless(batches), target, form, *budget, start, form.first_weight)
-    return found if found and form.area(found.pattern) <= MAX_WARP * form.max_norm else None
+    return found if found and form.extent(found.pattern) <= MAX_WARP * form.max_norm else None
 
 
 def find_waves(victim, batches, target):
@@ -181,7 +181,7 @@ def optimise_pattern(victim, stream, target, form, steps, batches_per_step, prec
 
         if hit_rate >= HIT_RATE and size < best_size:
             found = InvertedTrigger(form.quantised(parameters.detach())[0], hit_rate)
-            if best is None or form.area(found.pattern) < form.area(best.pattern):
+            if best is None or form.extent(found.pattern) < form.extent(best.pattern):
                 best, best_size = found, size
         penalty_weight.update(torch.tensor([hit_rate >= HIT_RATE]))
         bar.update()

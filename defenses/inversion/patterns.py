@@ -91,7 +91,7 @@ class PixelForm:
         """(P,) L1 norms over pixels and channels, in units of the full range [0, 1]."""
         return patterns.abs().flatten(1).sum(1)
 
-    def area(self, pattern):
+    def extent(self, pattern):
         """Number of changed pixels of one pattern."""
         return int((pattern != 0).any(0).sum())
 
@@ -124,7 +124,7 @@ class WarpForm:
         """(P,) root mean squared offsets along an axis, in pixels of the width."""
         return patterns.square().flatten(1).mean(1).sqrt() * (self.shape[1] - 1) / 2
 
-    def area(self, pattern):
+    def extent(self, pattern):
         """`norm` of one pattern."""
         return self.norm(pattern[None]).item()
 

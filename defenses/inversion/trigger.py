@@ -66,7 +66,7 @@ class InvertedTrigger:
         if self.others is not None:
             return f"best of {len(self.patterns)} waves"
         if len(self.pattern) == 2:
-            return f"warp by {WarpForm(self.pattern.shape).area(self.pattern):.2f} px"
+            return f"warp by {WarpForm(self.pattern.shape).extent(self.pattern):.2f} px"
         return f"{self.pixels} px, L1 {self.l1:.1f}"
 
     def metadata(self) -> dict:
