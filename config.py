@@ -131,6 +131,7 @@ DEFENSES = {
 # The options, a line each. Their defaults are the values above.
 
 SCHEDULE_NAMES = ["onecycle", "cosine", "constant", "steps", "drop"]
+SCHEDULE_HELP = "of the rate; steps: a tenth after 1/20 of the run, a hundredth after half; drop: a tenth after 1/10"
 CONTRASTS = ["others", "all", "none"]
 
 
@@ -188,7 +189,7 @@ def _add_attack(parser, training):
     add_own("trig_w", "width in pixels", type=cli.positive)
     add_own("trig_h", "height in pixels", type=cli.positive)
     add_own("opacity", "opacity of the picture", type=cli.fraction)
-    add_own("trigger_image", "file of the picture (default: a drawn one)", type=str)
+    add_own("trigger_image", "file of the picture (default: a built-in one)", type=str)
     add_own("delta", "amplitude in grey levels", type=cli.above_zero)
     add_own("warp", "strength s of the warp", type=cli.above_zero)
     if training:
@@ -196,7 +197,7 @@ def _add_attack(parser, training):
         add("--inject_portion", type=cli.fraction_or_zero, help=f"poison rate; 0: a clean model (default: {rates})")
         add_own("train_delta", "amplitude in grey levels, in training images", type=cli.above_zero)
         add_own("epsilon", "bound of the adversarial noise, in grey levels", type=cli.positive)
-        add_own("noise_ratio", "cover images for each poisoned one", type=cli.zero_or_more)
+        add_own("noise_ratio", "noisily warped images with true labels, for each poisoned one", type=cli.zero_or_more)
         add_own("surrogate", "checkpoint of a clean model (default: weight/<dataset>/WRN-16-1-clean.pth.tar)", type=str)
     cli.add_undeclared_options(parser, add, methods)
 
@@ -204,10 +205,10 @@ def _add_attack(parser, training):
 def _add_training(parser):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=cli.positive, help="epochs over the poisoned training set")
-    add("--batch_size", type=cli.positive, help="images a step")
+    add("--batch_size", type=cli.positive, help="images per step")
     add("--optimizer", choices=["sgd", "adamw"], help="adamw: for transformers, with --lr 0.001 --weight_decay 0.05")
     add("--lr", type=cli.above_zero, help="peak learning rate")
-    add("--schedule", choices=SCHEDULE_NAMES, help="learning rate schedule")
+    add("--schedule", choices=SCHEDULE_NAMES, help=SCHEDULE_HELP)
     add("--momentum", type=cli.decay, help="Nesterov momentum of SGD")
     add("--weight_decay", type=cli.zero_or_more, help="weight decay")
     add("--resume", action="store_true", help="continue this command's interrupted run")
@@ -227,16 +228,16 @@ def _add_defense(parser):
     add_own("force", "defend even where the search flags no label")
     add_own("verify", "search the purified model for a further backdoor, and remove that too")
     add_own("inversion_rounds", "rounds of inversion, each from noise around the last pattern", type=cli.positive)
-    add_own("inversion_steps", "steps a round", type=cli.positive)
-    add_own("inversion_batches", "batches a step", type=cli.positive)
+    add_own("inversion_steps", "steps per round", type=cli.positive)
+    add_own("inversion_batches", "batches per step", type=cli.positive)
     add_own("positive", "model of the positive feature z+", choices=["auto", "finetuned", "backdoored"])
     add_own("finetune_epochs", "epochs of the fine-tuning stage", type=cli.positive)
     add_own("finetune_lr", "peak learning rate of the fine-tuning stage", type=cli.above_zero)
-    add_own("rounds", "students at most, each with the patterns that the last one still answers to", type=cli.positive)
+    add_own("rounds", "students at most, each trained with the patterns that fooled the one before", type=cli.positive)
     add_own("epochs", "epochs over the clean split", type=cli.positive)
-    add_own("batch_size", "clean images a step", type=cli.positive)
+    add_own("batch_size", "clean images per step", type=cli.positive)
     add_own("lr", "peak learning rate", type=cli.above_zero)
-    add_own("schedule", "learning rate schedule", choices=SCHEDULE_NAMES)
+    add_own("schedule", SCHEDULE_HELP, choices=SCHEDULE_NAMES)
     add_own("momentum", "Nesterov momentum of SGD", type=cli.decay)
     add_own("weight_decay", "weight decay of SGD", type=cli.zero_or_more)
     add_own("augment", "augmentation of the clean split", choices=["crop_flip", "none"])

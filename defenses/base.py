@@ -12,7 +12,7 @@ from utils.progress import Stopwatch
 from utils.seed import generator
 
 REMAINING_ROUNDS = 2  # rounds of the inversion of a student
-MAX_REMAINING = 0.05  # fraction of the pixels up to which a pattern of the student is taken for a rest of the backdoor
+MAX_REMAINING = 0.05  # fraction of the pixels up to which a pattern of the student counts as a remnant of the backdoor
 
 
 class DefenseContext(NamedTuple):

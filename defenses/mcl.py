@@ -80,7 +80,7 @@ def defend(
         positive: the model of the positive features z+: "finetuned" (f_F), "backdoored" (the victim), or "auto": the
             victim below FEW_IMAGES clean images, else f_F.
         align_weight: weight of the alignment loss, doubled below FEW_IMAGES clean images.
-        lr: peak rate of the student; it falls with the cube root of the number of images below FULL_RATE_IMAGES, since
+        lr: peak rate of the student; it falls with the fifth root of the number of images below FULL_RATE_IMAGES, since
             few images bear smaller steps only, and further where the network does not bear it (train_student_gently).
         contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
             leaves the alignment alone.
@@ -124,7 +124,7 @@ def defend(
                 target=context.target if contrast == "others" else None,
                 contrast=contrast != "none",
                 epochs=epochs,
-                lr=lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 3),
+                lr=lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5),
                 monitor=context.monitor,
                 **sgd,
             )

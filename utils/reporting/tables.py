@@ -5,9 +5,9 @@ import math
 METRICS = {  # key -> label, meaning; all in percent
     "acc": ("ACC", "accuracy on clean test images"),
     "acc_published": ("ACC*", "the same without the target class, as in the MCL paper"),
-    "asr": ("ASR", "triggered images predicted as the attack label"),
+    "asr": ("ASR", "triggered images predicted as the target label"),
     "ra": ("RA", "triggered images predicted as their true label"),
-    "floor": ("floor", "their clean versions predicted as the attack label"),
+    "floor": ("floor", "their clean versions predicted as the target label"),
 }
 MARGIN = 1.0  # points of ASR above the floor that may be noise; more is a backdoor
 MAX_LOSS = 3.0  # points of ACC that a defense may cost without a word of the verdict
