@@ -216,7 +216,7 @@ def defend(opt, victim, split, target, num_class, device, clock, monitor):
 
 
 def measure_inverted(models, triggers, batches) -> dict:
-    """How many clean images the inverted triggers turn, before and after the defense, and whether all have lost their hold.
+    """The percentages of clean images that inverted triggers turn, before and after, and whether all lost their hold.
 
     Of several, the rates are those of the trigger that turns most images after it.
     """

@@ -51,7 +51,7 @@ class PurifyResult(NamedTuple):
     model: the purified copy of the model, in eval mode; None if the search found no backdoor or if the inverted
         trigger still works.
     target: the label that was defended against; None if there was none, -1 for any other label.
-    search: the LabelScores of the target search, of a part of the labels if there are more than ten; None without a search.
+    search: the LabelScores of the target search, of at most ten labels and of -1; None without a search.
     trigger: the inverted trigger, or None.
     purified: whether the inverted trigger lost its hold on the clean images; None if none was inverted.
     history: a dict an epoch.
