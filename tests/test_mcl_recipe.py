@@ -87,6 +87,20 @@ def test_few_images_are_mixed_for_the_student(make_context, batches, count, augm
         assert used[0] is batches
 
 
+def test_lower_rates_are_judged_by_the_inverted_trigger(make_context, trigger, monkeypatch):
+    used, train = [], mcl.train_student_gently
+    monkeypatch.setattr(
+        mcl, "train_student_gently", lambda *args, **options: used.append(args) or train(*args, **options)
+    )
+    context = make_context(augmented=False)
+    mcl.defend(context, **{**RECIPE, **TRAINING, "positive": "backdoored"})
+    ((*models, patterns, batches, judge),) = used
+    assert models == [context, context.victim]
+    assert torch.equal(patterns, trigger.patterns)
+    assert batches is context.train_batches
+    assert judge is trigger
+
+
 @pytest.mark.parametrize(("count", "variance"), [(499, 0.1), (500, 1.0)])
 def test_few_images_move_the_biases_less(make_context, batches, trigger, count, variance, monkeypatch):
     used = []

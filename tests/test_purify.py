@@ -94,6 +94,7 @@ MODEL = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     ("change", "message"),
     [
         ({"images": IMAGES * 2 - 1}, "floats in .0, 1., without normalisation"),
+        ({"images": IMAGES * 1.5}, "floats in .0, 1., without normalisation"),
         ({"images": IMAGES[:, :1]}, "must be .N, 3, H, W. floats in .0, 1."),
         ({"images": IMAGES.double().int()}, "must be .N, 3, H, W. floats in .0, 1."),
         ({"images": IMAGES[:3]}, r"not \(3, 3, 8, 8\) and \(4,\)"),
@@ -107,6 +108,13 @@ def test_what_does_not_fit_is_told_before_any_work(change, message):
     arguments = {"model": copy.deepcopy(MODEL), "images": IMAGES, "labels": LABELS, "device": "cpu", **change}
     with pytest.raises(UserError, match=message):
         purify(**arguments)
+
+
+def test_floats_three_pixels_wide_are_not_taken_for_uint8():
+    images = torch.arange(4 * 3 * 2 * 3).view(4, 3, 2, 3) / 255
+    checked = purify_module._checked(images, LABELS)
+    assert torch.equal(checked.images, (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+    assert checked.labels.tolist() == LABELS.tolist()
 
 
 def test_a_further_backdoor_of_the_purified_model_is_removed_too(make_context, victim, trigger, monkeypatch, capsys):

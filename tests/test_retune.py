@@ -54,6 +54,9 @@ def test_the_images_are_outside_the_clean_split_and_k_of_them_poisoned(train_set
             assert all(position % 3 != 1 for position in poisoned)
     assert draws[5][0][1] < draws[20][0][1]
     assert draws[5][0] != draws[5][1]
+    unused = torch.tensor([i for i in range(4000) if i not in split])
+    order = unused[torch.randperm(len(unused), generator=generator(opt.seed, "retune 0"))]
+    assert set(order[:CLEAN_IMAGES].tolist()) == set(draws[5][0][0]) - draws[5][0][1]
     opt.retune = [3000]
     with pytest.raises(UserError, match="--retune 3000 needs more images"):
         get_retuning_batches(opt, train_set, attack, CPU)
