@@ -71,7 +71,7 @@ DEFENSES = {
         "inversion_steps": 36,  # a round
         "inversion_batches": 3,  # a step
         # the clean-finetuned model
-        "positive": "auto",  # finetuned from 500 clean images on, else backdoored, as in the paper's own code
+        "positive": "auto",  # finetuned from 1,000 clean images on, else backdoored, as in the paper's own code
         "finetune_epochs": 3,
         "finetune_lr": 0.003,
         # the student
@@ -84,7 +84,7 @@ DEFENSES = {
         "weight_decay": 1e-4,
         "augment": "crop_flip",  # published: none
         "temperature": 0.15,  # published: 0.5
-        "align_weight": 4.0,  # of 1 - cos(z, z+), doubled below 500 clean images; published: 0
+        "align_weight": 4.0,  # of 1 - cos(z, z+), doubled below 1,000; published: 0
         "contrast": "others",  # images in the contrast: not the target class's; published: all
         "ema": 0.97,  # decay of the averaged weights; published: 0, the last weights
         "calibration": "bias",  # fit the last layer's biases to the labels; published: none

@@ -58,7 +58,7 @@ def test_features_that_differ_in_the_mirror_are_not_averaged(make_context, simil
 
 @pytest.mark.parametrize(
     ("count", "positive", "is_victim", "weight"),
-    [(500, "auto", False, 3), (499, "auto", True, 6), (2_500, "backdoored", True, 3), (20, "finetuned", False, 6)],
+    [(1_000, "auto", False, 3), (999, "auto", True, 6), (2_500, "backdoored", True, 3), (20, "finetuned", False, 6)],
 )
 def test_few_images_keep_the_victims_features(make_context, count, positive, is_victim, weight, monkeypatch):
     used = []
@@ -72,7 +72,9 @@ def test_few_images_keep_the_victims_features(make_context, count, positive, is_
     assert (positive_model is victim, options["align_weight"]) == (is_victim, weight)
 
 
-@pytest.mark.parametrize(("count", "augmented", "mixed"), [(499, True, True), (500, True, False), (499, False, False)])
+@pytest.mark.parametrize(
+    ("count", "augmented", "mixed"), [(999, True, True), (1_000, True, False), (999, False, False)]
+)
 def test_few_images_are_mixed_for_the_student(make_context, batches, count, augmented, mixed, monkeypatch):
     used = []
     monkeypatch.setattr(
@@ -101,7 +103,7 @@ def test_lower_rates_are_judged_by_the_inverted_trigger(make_context, trigger, m
     assert judge is trigger
 
 
-@pytest.mark.parametrize(("count", "variance"), [(499, 0.1), (500, 1.0)])
+@pytest.mark.parametrize(("count", "variance"), [(999, 0.1), (1_000, 1.0)])
 def test_few_images_move_the_biases_less(make_context, batches, trigger, count, variance, monkeypatch):
     used = []
     monkeypatch.setattr(mcl, "calibrate", lambda student, *args, variance: used.append((*args, variance)))
