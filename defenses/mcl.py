@@ -37,8 +37,8 @@ from utils.training import sgd_step, train
 
 FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the full rate
 # Clean images below which fine-tuning costs more than it gives: batch statistics of 100 take 1.5 points of accuracy. So
-# z+ is the victim's feature, what the student keeps of it counts twice, and the student sees mixed images. How often
-# each class is predicted says little, too, so that the biases move less.
+# z+ is the victim's feature, what the student keeps of it counts twice, and the student sees mixed images. So few
+# labels also say little of how often a class occurs, so that the biases move less.
 FEW_IMAGES = 1_000
 # Least mean cosine of the features of an image and its mirror image at which the two are averaged: pooled features
 # have 0.93 or more, features that keep their place in the image 0.35 to 0.6, and their average is neither's.
