@@ -84,7 +84,7 @@ DEFENSES = {
         "weight_decay": 1e-4,
         "augment": "crop_flip",  # published: none
         "temperature": 0.15,  # published: 0.5
-        "align_weight": 4.0,  # of 1 - cos(z, z+), doubled below 1,000; published: 0
+        "align_weight": 4.0,  # of 1 - cos(z, z+), doubled below 1,000 clean images; published: 0
         "contrast": "others",  # images in the contrast: not the target class's; published: all
         "ema": 0.97,  # decay of the averaged weights; published: 0, the last weights
         "calibration": "bias",  # fit the last layer's biases to the labels; published: none
@@ -131,7 +131,7 @@ DEFENSES = {
 # The options, a line each. Their defaults are the values above.
 
 SCHEDULE_NAMES = ["onecycle", "cosine", "constant", "steps", "drop"]
-SCHEDULE_HELP = "of the rate; steps: a tenth after 1/20 of the run, a hundredth after half; drop: a tenth after 1/10"
+SCHEDULE_HELP = "fall of the rate; steps: to 1/10 after 1/20 of the run, to 1/100 after half; drop: to 1/10 after 1/10"
 CONTRASTS = ["others", "all", "none"]
 
 
