@@ -1,6 +1,6 @@
-"""Search a population of victims and clean networks, none of which the search was made on.
+"""Search a population of victims and clean networks, and purify those whose label was found.
 
-    python -m docs.population FOLDER            train and search the networks that are not in docs/population.csv yet
+    python -m docs.population FOLDER            run the networks that are not in docs/population.csv yet
     python -m docs.population FOLDER --table    write docs/population.csv from what is there, and print its summary
 
 Two processes may work on one folder. A search that has changed needs a new table. Half of the networks are to choose
@@ -23,6 +23,7 @@ from attacks import Attack, UnknownAttack, build_attack
 from data_loader import get_backdoor_loader, get_clean_split, get_eval_set, get_normalization, load_images
 from defenses import find_target
 from defenses.inversion import ANY_OTHER
+from main import defend
 from models import select_model
 from train_badnet import load_surrogate
 from utils.checkpoint import save_checkpoint
@@ -31,6 +32,7 @@ from utils.errors import UserError, run_script
 from utils.files import write_json
 from utils.grid import deal_out
 from utils.metrics import evaluate
+from utils.progress import Stopwatch
 from utils.seed import generator, seed_weights
 from utils.training import train
 
@@ -54,11 +56,11 @@ ATTACKS = {
 ON_CIFAR = ("trojan", "cl")
 CLEAN = {"clean": {}, "short": {"epochs": 1}, "few": {"images": 1_000}, "noisy": {"noise": 0.2}}
 REPEATS, CLEAN_REPEATS = 2, 4  # networks of each kind in each half
-POISON_RATES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.1]  # the usual one is drawn twice as often
-IMAGES, EPOCHS = {"CIFAR10": 25_000, "shapes": 10_000}, {"CIFAR10": 6, "shapes": 10}
+POISON_RATES = [0.005, 0.02, 0.05, 0.1, 0.1, 0.1]  # the usual one is drawn three times as often
+IMAGES, EPOCHS = {"CIFAR10": 25_000, "shapes": 10_000}, {"CIFAR10": 6, "shapes": 15}
 PEAK_RATES = {"WRN-10-1": 0.4, f"{__file__}:SmallVGG": 0.05}
-CLEAN_IMAGES = 2_500  # of the defender
-WORKING = 90.0  # ASR above which a backdoor counts
+CLEAN_IMAGES, TEST_IMAGES = 2_500, 2_000  # of the defender; to measure ACC and ASR on
+WORKING, HARDLY_LEARNED = 90.0, 50.0  # ASR from which a backdoor counts, and is searched for at all
 TABLE = os.path.join(os.path.dirname(__file__), "population.csv")
 
 
@@ -84,7 +86,7 @@ class Member(NamedTuple):
 
 
 def population() -> list[Member]:
-    """All members in random order, those to choose settings on first."""
+    """All members in random order, those to report on first."""
     names = [
         f"{half}-{kind}-{i}"
         for half in ("tune", "report")
@@ -93,12 +95,12 @@ def population() -> list[Member]:
         for i in range(repeats)
     ]
     random.Random(0).shuffle(names)
-    names.sort(key=lambda name: name.startswith("report"))
+    names.sort(key=lambda name: name.startswith("tune"))
     return [draw_member(name) for name in names]
 
 
 def draw_member(name: str) -> Member:
-    rng, kind = random.Random(name), name.split("-")[1]
+    rng, kind = random.Random(f"second population, {name}"), name.split("-")[1]
     dataset = "CIFAR10" if kind in ON_CIFAR else rng.choice(["CIFAR10", "shapes", "shapes"])
     network, label, rate, seed = (
         rng.choice([*PEAK_RATES]),
@@ -118,7 +120,10 @@ def draw_member(name: str) -> Member:
 
 
 def train_member(member, folder, opt, device):
-    """Train a network, save it, and return it, its accuracy, and the ASR of each of its backdoors by label."""
+    """Train a network and save it: the model, and an attack and its test images for each of its backdoors.
+
+    A clean network has an attack, too, which it was not trained with.
+    """
     data, test = load_images(opt, "train"), load_images(opt, "test")
     order = torch.randperm(len(data.labels), generator=generator(opt.seed, "images"))[: member.images]
     data.images, data.labels = data.images[order], data.labels[order]
@@ -133,11 +138,8 @@ def train_member(member, folder, opt, device):
         attacks.append(Attack("squareTrigger", "all2one", label, 10, opt.inject_portion, block))
         data.images, data.labels, _ = attacks[1].poison(data.images, data.labels, generator(opt.seed, "second"))
     batches, _, _ = get_backdoor_loader(opt, data, attack, device, surrogate)
-    path = os.path.join(folder, f"{member.name}.pth.tar")
-    model = train_and_save(opt, batches, 10, device, path)
-    results = [evaluate(model, get_eval_set(test.images, test.labels, a, device, 2_000), a) for a in attacks]
-    rates = {ANY_OTHER if a.target is None else a.target: result["asr"] for a, result in zip(attacks, results)}
-    return model, results[0]["acc"], {} if opt.inject_portion == 0 else rates
+    model = train_and_save(opt, batches, 10, device, os.path.join(folder, f"{member.name}.pth.tar"))
+    return model, [(a, get_eval_set(test.images, test.labels, a, device, TEST_IMAGES)) for a in attacks]
 
 
 def train_and_save(opt, batches, num_class, device, path):
@@ -154,45 +156,66 @@ def train_and_save(opt, batches, num_class, device, path):
 
 
 def examine(member, folder, device) -> dict:
-    """Train and search one network: its row."""
+    """Train, search and purify one network: its row. A backdoor that was hardly learned is not searched for."""
     opt, _ = config.parse("train_badnet.py", member.options)
-    victim, acc, backdoors = train_member(member, folder, opt, device)
+    model, tests = train_member(member, folder, opt, device)
+    victim = model.eval().requires_grad_(False)
+    measured = {ANY_OTHER if a.target is None else a.target: evaluate(victim, test, a) for a, test in tests}
+    is_clean, acc = opt.inject_portion == 0, next(iter(measured.values()))["acc"]
+    backdoors = {} if is_clean else {label: metrics["asr"] for label, metrics in measured.items()}
+    row = {"name": member.name, "dataset": opt.dataset, "network": opt.arch.split(":")[-1], "rate": opt.inject_portion}
+    row |= {"acc": acc, "backdoors": backdoors, "found": None, "scores": [], "after": {}}
+    if not is_clean and max(backdoors.values()) < HARDLY_LEARNED:
+        return row
+
     defender, _ = config.parse("main.py", ["--dataset", opt.dataset, "--clean", str(CLEAN_IMAGES), "--seed", "1"])
-    settings = vars(defender), pick_precision(opt.precision, device)
+    defender.precision = pick_precision(opt.precision, device)
     split = get_clean_split(defender, load_images(opt, "train"), UnknownAttack(10), device)
-    label, scores, _ = find_target(victim.eval().requires_grad_(False), split.search, 10, device, 1, *settings)
-    network = opt.arch.split(":")[-1]
-    row = {"name": member.name, "dataset": opt.dataset, "network": network, "rate": opt.inject_portion, "acc": acc}
-    return row | {"backdoors": backdoors, "found": label, "scores": [score.metadata() for score in scores]}
+    found, scores, _ = find_target(victim, split.search, 10, device, 1, vars(defender), defender.precision)
+    row |= {"found": found, "scores": [score.metadata() for score in scores]}
+    if found in backdoors:
+        student, _, _ = defend(defender, victim, split, found, 10, device, Stopwatch(), None)
+        attack, test = tests[[*backdoors].index(found)]
+        row["after"] = evaluate(student, test, attack)
+    return row
 
 
 def summary_row(row) -> dict:
     """The row of a network for the table; size: of the smallest pattern or warp that works, percent of the range."""
-    scores = [score for score in row.pop("scores") if score["form"] != "wave" and score["hit_rate"] >= 90]
-    size = min((score["of_range"] for score in scores), default=100.0)
+    scores, after = row.pop("scores"), row.pop("after")
+    working = [score["of_range"] for score in scores if score["form"] != "wave" and score["hit_rate"] >= 90]
+    size = min(working, default=100.0) if scores else None
     planted = " ".join(f"{label}:{asr:.2f}" for label, asr in row["backdoors"].items())
     found = "" if row["found"] is None else row["found"]
-    return {**row, "acc": f"{row['acc']:.2f}", "backdoors": planted, "found": found, "size": f"{size:.2f}"}
+    numbers = {"acc": row["acc"], "size": size} | {f"{name}_after": after.get(name) for name in ("acc", "asr", "floor")}
+    numbers = {name: "" if value is None else f"{value:.2f}" for name, value in numbers.items()}
+    return {**row, "backdoors": planted, "found": found, **numbers}
 
 
 def print_summary(rows):
-    """How many backdoors were found and how many clean networks were flagged, for each half that has rows."""
+    """What the search said of victims and of clean networks, and what the defense left, for each half that has rows."""
     for half in sorted({row["name"].split("-")[0] for row in rows}):
-        clean, weak, planted, right = [], 0, [], 0
+        clean, planted, weak, right, purified, removed = [], [], 0, 0, 0, 0
         for row in (row for row in rows if row["name"].startswith(half)):
             rates = dict(pair.split(":") for pair in row["backdoors"].split())
+            if row["asr_after"]:
+                purified += 1
+                removed += float(row["asr_after"]) <= max(3, float(row["floor_after"]) + 1)
             if not rates:
                 clean.append(row)
-            elif max(map(float, rates.values())) <= WORKING:
+            elif max(map(float, rates.values())) < WORKING:
                 weak += 1
             else:
                 planted.append(row)
-                right += float(rates.get(str(row["found"]), 0)) > WORKING
+                right += float(rates.get(str(row["found"]), 0)) >= WORKING
         alarms = sum(row["found"] != "" for row in clean)
-        pairs = [(float(a["size"]), float(b["size"])) for a in planted for b in clean]
+        pairs = [(float(a["size"] or 100), float(b["size"] or 100)) for a in planted for b in clean]
         area = sum((a < b) + (a == b) / 2 for a, b in pairs) / max(len(pairs), 1)
-        print(f"{half}: label found in {right} of {len(planted)} victims with an ASR above {WORKING} %, {alarms} of")
-        print(f"{len(clean)} clean networks flagged, ROC area of the smallest size {area:.3f}; {weak} with a lower ASR")
+        print(
+            f"{half}: label found in {right} of {len(planted)} victims with an ASR of {WORKING} % or more ({weak} have"
+        )
+        print(f"less), {alarms} of {len(clean)} clean networks flagged, ROC area of the smallest size {area:.3f};")
+        print(f"of {purified} purified victims, {removed} with an ASR of at most 3 % or 1 above the floor")
 
 
 def main():

@@ -21,25 +21,28 @@ def test_every_member_has_valid_options_and_both_halves_are_alike():
     assert sum(member.attack in CLEAN for member in members) >= 30
 
 
-def network(name, backdoors, found, *sizes):
+def network(name, backdoors, found, *sizes, **after):
     scores = [{"form": "pixels", "hit_rate": rate, "of_range": size} for rate, size in sizes]
-    return summary_row({"name": name, "acc": 90.0, "backdoors": backdoors, "found": found, "scores": scores})
+    row = {"name": name, "acc": 90.0, "backdoors": backdoors, "found": found, "scores": scores, "after": after}
+    return summary_row(row)
 
 
 def test_only_the_label_of_a_working_backdoor_counts_as_found(capsys):
     rows = [
-        network("report-a", {3: 99.0}, 3, (95, 0.5), (50, 0.1)),
+        network("report-a", {3: 99.0}, 3, (95, 0.5), (50, 0.1), acc=89.0, asr=3.4, floor=2.5),
         network("report-b", {3: 99.0}, 4, (95, 4.0)),
-        network("report-c", {-1: 95.0}, -1, (95, 0.4)),
-        network("report-d", {3: 20.0}, 3, (95, 0.5)),
+        network("report-c", {-1: 95.0}, -1, (95, 0.4), acc=89.0, asr=3.4, floor=2.3),
+        network("report-d", {3: 80.0}, 3, (95, 0.5), acc=89.0, asr=2.9, floor=0.0),
         network("report-e", {}, 2, (95, 1.0)),
         network("report-f", {}, None, (80, 0.1)),
+        network("report-g", {3: 10.0}, None),
     ]
-    assert [row["size"] for row in rows] == ["0.50", "4.00", "0.40", "0.50", "1.00", "100.00"]
+    assert [row["size"] for row in rows] == ["0.50", "4.00", "0.40", "0.50", "1.00", "100.00", ""]
+    assert [rows[0][f"{name}_after"] for name in ("acc", "asr", "floor")] == ["89.00", "3.40", "2.50"]
     print_summary(rows)
     text = " ".join(capsys.readouterr().out.split())
-    assert "report: label found in 2 of 3 victims with an ASR above 90.0 %, 1 of 2 clean networks flagged" in text
-    assert "ROC area of the smallest size 0.833; 1 with a lower ASR" in text
+    assert "report: label found in 2 of 3 victims with an ASR of 90.0 % or more (2 have less), 1 of 2 clean" in text
+    assert "ROC area of the smallest size 0.833; of 3 purified victims, 2 with an ASR of at most 3 %" in text
 
 
 @pytest.mark.parametrize(("of_range", "count"), [(0.0197, 0), (0.0198, 1), (0.0217, 3), (0.5, 16)])
@@ -53,7 +56,7 @@ def test_a_label_has_a_place_among_the_clean_networks(of_range, count):
 
 
 def test_the_reason_gives_the_place_of_patterns_that_were_not_inverted_in_full():
-    score = LabelScore(3, "pixels", 9.0, 1.0, -9.0, 0.1, 0.0198)
+    score = LabelScore(3, "warp", 9.0, 1.0, -9.0, 0.1, 0.0198)
     place = ": so small a pattern was found in 1 of 16 clean networks"
     assert choose_label([score], False)[1] == f"a backdoor to label 3 is suspected{place}"
     assert choose_label([replace(score, label=-1)], False)[1].endswith(f"another one is suspected{place}")

@@ -6,11 +6,12 @@ import torch
 
 from defenses.inversion.invert import MAX_PATCH
 from defenses.inversion.objective import ANY_OTHER, HIT_RATE, label_name
-from defenses.inversion.patterns import PixelForm
+from defenses.inversion.patterns import PixelForm, WarpForm
 
 # A label is flagged if its pattern works, its index is below MAX_INDEX, and its size is at most these fractions of the
 # median and of the full range. Without the latter two, clean models are flagged where all sizes are alike or large.
-MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, 0.02
+# Pixels have the narrower limit, since a label above it may still be flagged when it is inverted in full.
+MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, {PixelForm.name: 0.015, WarpForm.name: 0.02}
 # A suspect is flagged up to this fraction of changed pixels: a backdoor that the search overlooks (ABL's victim) needs
 # 6 to 9 of 1,024, a clean model (the shipped one) 39. A suspect whose index is an outlier, too, is flagged up to
 # MAX_PATCH, the size up to which the inversion takes a pattern for the trigger.
@@ -55,8 +56,8 @@ class LabelScore:
             return self.inverted_area <= (MAX_PATCH if self.index < MAX_INDEX else MAX_SUSPECT_AREA)
         if self.form == "wave":
             return self.hit_rate >= HIT_RATE and self.runner_up <= MAX_RUNNER_UP
-        is_small = self.index < MAX_INDEX and self.of_median <= MAX_OF_MEDIAN and self.of_range <= MAX_OF_RANGE
-        return is_small and self.hit_rate >= HIT_RATE
+        is_small = self.of_median <= MAX_OF_MEDIAN and self.of_range <= MAX_OF_RANGE[self.form]
+        return self.index < MAX_INDEX and is_small and self.hit_rate >= HIT_RATE
 
     @property
     def clean_networks(self) -> int | None:
