@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attacks import Attack
+from attacks import Attack, UnknownAttack
 from attacks.retune import BATCH_SIZE as RETUNE_BATCH
 from attacks.retune import CLEAN_IMAGES, DRAWS
 from utils.batches import Batches, TensorImages, defender_batches
@@ -177,8 +177,10 @@ def get_retuning_batches(opt, train_set: ImageSet, attack: Attack, device) -> di
         candidates = others[attack.attackable(train_set.labels[others])]
         for count in opt.retune:
             if len(candidates) < count:
-                hint = "lower it" if len(candidates) else "state the trigger with --trigger_type"
-                raise UserError(f"--retune {count} needs more images than the {len(candidates)} left to attack; {hint}")
+                message = f"--retune {count} needs more images than the {len(candidates)} left to attack"
+                reason = f"the attack takes {CLEAN_IMAGES:,} clean ones first, none of them in the clean split"
+                unknown = isinstance(attack, UnknownAttack)
+                raise UserError(f"{message}; {'state the trigger with --trigger_type' if unknown else reason}")
             poisoned = candidates[:count]
             images = torch.cat([train_set.images[clean], attack.stamp(train_set.images[poisoned])])
             labels = torch.cat([train_set.labels[clean], attack.attack_labels(train_set.labels[poisoned])])

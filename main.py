@@ -13,6 +13,7 @@ Writes weight/<name>.tar and results/<name>/: metrics.json, history.csv, picture
 
 import os
 import re
+import traceback
 from functools import partial
 from itertools import product
 
@@ -77,7 +78,7 @@ def run(opt, explicit, name) -> dict:
         test, part = (get_eval_set(test_set.images, test_set.labels, attack, device, size) for size in sizes)
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
         retuning = get_retuning_batches(opt, train_set, attack, device) if opt.retune else None
-        reference = load_reference(opt, attack.num_class, device) if opt.retune else None
+        reference = load_reference(opt, attack.num_class, test_set.size, device) if opt.retune else None
         train_count = len(train_set.labels)
         del train_set  # 150 MB that are no longer needed
         keep_freed_memory()
@@ -140,6 +141,9 @@ def compare(opt, explicit, processes):
                 raise
             failures.append(f"{title}: {error}")
             print(f"failed: {error}")
+        except Exception as error:  # noqa: BLE001 - a network of others can raise anything; the other runs go on
+            failures.append(f"{title}: {type(error).__name__}: {error}")
+            traceback.print_exc()
         done = [rows[planned] for planned in runs if planned in rows]
         if processes.is_main:
             write_comparison(os.path.join(opt.log_root, name), done)
@@ -239,13 +243,17 @@ def save_purified(path, results, model, metadata):
     print(f"purified model: {path}")
 
 
-def load_reference(opt, num_class, device):
-    """The clean model to compare a re-tuned model with; None if none is given and none is shipped."""
+def load_reference(opt, num_class, size, device):
+    """The clean model to compare a re-tuned model with; None if none is given and none is shipped.
+
+    Args:
+        size: (H, W) of the images.
+    """
     path = opt.retune_reference or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
     if path == "none" or (not opt.retune_reference and not os.path.isfile(path)):
         return None
     return load_clean_model(
-        path, num_class, get_normalization(opt), device, opt.arch, "pass another --retune_reference"
+        path, num_class, get_normalization(opt), device, opt.arch, size, "pass another --retune_reference"
     )
 
 

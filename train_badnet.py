@@ -54,7 +54,7 @@ def main():
         with processes.main_process_first():
             train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         num_class = opt.num_class or len(train_set.classes)
-        surrogate = load_surrogate(opt, num_class, device)
+        surrogate = load_surrogate(opt, num_class, train_set.size, device)
         attack = processes.from_main(partial(build_attack, opt, num_class, train_set.size, surrogate))
         batches, monitor_set, poisoned = get_backdoor_loader(opt, train_set, attack, device, surrogate, processes)
         test = get_eval_set(test_set.images, test_set.labels, attack, device)
@@ -126,14 +126,18 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     return model, history, metadata
 
 
-def load_surrogate(opt, num_class, device):
-    """The clean model that the trigger or the perturbation of the poisoned images is optimised on, or None."""
+def load_surrogate(opt, num_class, size, device):
+    """The clean model that the trigger or the perturbation of the poisoned images is optimised on, or None.
+
+    Args:
+        size: (H, W) of the images.
+    """
     spec = TRIGGERS[opt.trigger_type]
     if "surrogate" not in spec.build_options and not (spec.perturb and opt.inject_portion > 0):
         return None
     path = opt.surrogate or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
     hint = f"train one: python train_badnet.py --dataset {opt.dataset} --inject_portion 0 --name WRN-16-1-clean"
-    return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, hint)
+    return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, size, hint)
 
 
 def check_output(opt, is_main_process):
@@ -151,13 +155,13 @@ def check_output(opt, is_main_process):
 
 def victim_name(opt):
     """<arch>-<attack>; an unusual label mode is added, or replaces the attack for the grid trigger."""
-    attack = config.ATTACKS[opt.trigger_type]
+    attack, arch = config.ATTACKS[opt.trigger_type], os.path.basename(opt.arch)
     if opt.inject_portion == 0:
-        return f"{opt.arch}-clean"
+        return f"{arch}-clean"
     if opt.target_type == attack["target_type"]:
-        return f"{opt.arch}-{attack['name']}"
+        return f"{arch}-{attack['name']}"
     is_grid = opt.trigger_type == "gridTrigger"
-    return f"{opt.arch}-{opt.target_type}" if is_grid else f"{opt.arch}-{attack['name']}-{opt.target_type}"
+    return f"{arch}-{opt.target_type}" if is_grid else f"{arch}-{attack['name']}-{opt.target_type}"
 
 
 if __name__ == "__main__":

@@ -40,8 +40,11 @@ def options_as_used(opt: Namespace, explicit: set[str], checkpoint: dict) -> Nam
         if given and checkpoint.get(key) is not None and not (key == "arch" and needs_file):
             stated = attack.describe() if key == "attack" else checkpoint[key]
             raise UserError(f"{opt.model} states its {key}, {stated}; leave out --{given[0]}")
+        if given and key == "attack" and "trigger_type" not in explicit:
+            raise UserError(f"--{given[0]} applies only with --trigger_type, since {opt.model} states no attack")
     if "arch" in checkpoint:
         used.arch = opt.arch if needs_file else checkpoint["arch"]
+    if "num_class" in checkpoint:
         used.num_class, used.normalize = checkpoint["num_class"], checkpoint["normalization"]
     if attack is not None:
         stated = {"trigger_type": attack.trigger_type, "target_type": attack.target_type, "target_label": attack.target}

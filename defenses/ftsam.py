@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from defenses.base import DefenseResult
 from utils.training import train
@@ -28,7 +28,7 @@ def sharpest_offsets(weights: list[torch.Tensor], gradients: list[torch.Tensor],
 @contextmanager
 def frozen_bn_stats(model):
     """Keep batch norm's running statistics: those of the perturbed weights are not the model's."""
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
@@ -68,7 +68,7 @@ def defend(context, *, rho, **training) -> DefenseResult:
 
     def update(optimizer, loss_of):
         loss = loss_of()
-        gradients = torch.autograd.grad(loss, weights)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             offsets = sharpest_offsets(weights, gradients, rho)
         step_at_offsets(student, offsets, optimizer, loss_of)

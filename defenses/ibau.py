@@ -9,6 +9,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from defenses.base import DefenseResult
 from utils.device import autocast
@@ -77,8 +78,9 @@ def defend(context, *, epochs, lr, precision) -> DefenseResult:
     student = copy.deepcopy(context.victim).requires_grad_(True).eval()
     batches, device = context.train_batches, context.device
     weights, history = list(student.parameters()), []
-    optimizer = torch.optim.Adam(weights, lr)
-    with context.clock("purify"), progress_bar("ibau", epochs * len(batches), "batch") as bar:
+    optimizer, bar = torch.optim.Adam(weights, lr), progress_bar("ibau", epochs * len(batches), "batch")
+    # Of the ways to compute attention, only this one has second derivatives.
+    with context.clock("purify"), bar, sdpa_kernel(SDPBackend.MATH):
         for epoch in range(1, epochs + 1):
             start, total_loss = time.perf_counter(), torch.zeros((), device=device)
             perturbation = worst_perturbation(student, batches, device, precision)

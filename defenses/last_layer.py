@@ -76,8 +76,11 @@ def calibrate(model, patterns, batches, target, variance=1.0) -> None:
     with torch.no_grad():
         for images, true_labels in batches:
             others = true_labels != target
-            logits += [model(images), model(add_trigger(images)[others])]
-            labels += [true_labels, true_labels[others]]
+            logits.append(model(images))
+            labels.append(true_labels)
+            if others.any():
+                logits.append(model(add_trigger(images)[others]))
+                labels.append(true_labels[others])
     logits, labels = torch.cat(logits), torch.cat(labels)
     change = torch.zeros_like(model.head.bias, requires_grad=True)
     optimizer = torch.optim.LBFGS([change], max_iter=50, line_search_fn="strong_wolfe")

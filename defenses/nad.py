@@ -32,7 +32,11 @@ def defend(context, *, finetune_epochs, finetune_lr, epochs, lr, **sgd) -> Defen
     Args:
         context: a defenses.base.DefenseContext.
         sgd: arguments of utils.training.train that both steps share.
+
+    Raises:
+        UserError: the network has fewer than three resolutions.
     """
+    context.victim.maps_and_logits(torch.zeros(1, *context.train_batches.image_shape, device=context.device))
     data = context.victim, context.train_batches, context.device
     with context.clock("finetune"):
         teacher, _ = finetune(*data, title="teacher", epochs=finetune_epochs, lr=finetune_lr, **sgd)

@@ -22,9 +22,10 @@ from defenses.inversion import (
 from models.selector import Classifier
 from utils.batches import Batches, TensorImages, defender_batches
 from utils.device import pick_device
-from utils.errors import UserError, did_you_mean
+from utils.errors import RunError, UserError, did_you_mean
 from utils.progress import Stopwatch
 from utils.seed import generator
+from utils.training import SCHEDULES
 
 # A new defense is a file in this folder, an entry here, and a recipe in config.DEFENSES.
 DEFENSE_FUNCTIONS = {
@@ -102,8 +103,9 @@ def purify(
         raise UserError(f"label {int(data.labels.max())} is not one of the model's labels 0..{num_class - 1}")
     augment = recipe["augment"] == "crop_flip"
     train, plain, search = defender_batches(data, recipe["batch_size"], augment, mirrored, seed, device)
-    scores = None
-    target = recipe.get("target")
+    scores, target = None, recipe.get("target")
+    if not (target in (None, "auto", "any") or (isinstance(target, int) and ANY_OTHER <= target < num_class)):
+        raise UserError(f"target must be 'auto', 'any' or a label from 0 to {num_class - 1}, not {target!r}")
     if target == "auto":
         target, scores, _ = find_target(victim, search, num_class, device, seed, recipe)
         if target is None:
@@ -139,9 +141,16 @@ def remove_backdoors(name: str, context: DefenseContext, options: dict, search_b
     Returns:
         the student, the history of all runs, and label -> inverted trigger, if the defense has one.
     """
-    history, triggers = [], {}
+    student, history, triggers = None, [], {}
     while True:
-        student, rows, trigger = run_defense(name, context, options, precision)
+        try:
+            result = run_defense(name, context, options, precision)
+        except RunError as error:
+            if student is None:
+                raise
+            print(f"the further backdoor was not removed: {error}")
+            return student, history, triggers
+        student, rows, trigger = result
         history += [{**row, "epoch": row["epoch"] + len(history)} for row in rows]
         triggers |= {} if trigger is None else {context.target: trigger}
         if not options.get("verify"):
@@ -171,7 +180,12 @@ def _recipe(defense, target, options):
     for name in options:
         if name not in recipe:
             raise UserError(f"{defense} has no option {name!r}{did_you_mean(name, recipe)}")
-    return recipe | options | ({"target": target} if "target" in recipe else {})
+    recipe |= options | ({"target": target} if "target" in recipe else {})
+    if "target" in recipe and target is None:
+        raise UserError(f"{defense} needs a target: 'auto', 'any' or a label")
+    if recipe.get("schedule", "cosine") not in SCHEDULES:
+        raise UserError(f"no schedule named {recipe['schedule']!r}{did_you_mean(recipe['schedule'], SCHEDULES)}")
+    return recipe
 
 
 def _checked(images, labels):
@@ -179,9 +193,12 @@ def _checked(images, labels):
     if images.dim() != 4 or len(images) != len(labels) or not len(images) or labels.dim() != 1:
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise UserError(f"images and labels must have shapes (N, 3, H, W) or (N, H, W, 3), and (N,), not {shapes}")
+    if labels.is_floating_point() or int(labels.min()) < 0:
+        raise UserError("labels must be integers from 0 on")
     if images.dtype == torch.uint8 and images.shape[3] == 3:
         return TensorImages(images.cpu(), labels.long().cpu())
-    if not images.is_floating_point() or images.shape[1] != 3 or images.min() < 0 or images.max() > 1:
+    is_in_range = 0 <= images.min() and images.max() <= 1  # False of nan
+    if not images.is_floating_point() or images.shape[1] != 3 or not is_in_range:
         raise UserError("images must be (N, 3, H, W) floats in [0, 1], without normalisation, or (N, H, W, 3) uint8")
     images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     return TensorImages(images.cpu(), labels.long().cpu())

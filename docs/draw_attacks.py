@@ -44,7 +44,7 @@ def main():
 
 def apply_attack(opt, data, images):
     """The images as the attack of `opt` shows them in a test, or in training if it perturbs training images."""
-    surrogate = load_surrogate(opt, len(data.classes), pick_device("cpu"))
+    surrogate = load_surrogate(opt, len(data.classes), data.size, pick_device("cpu"))
     attack = build_attack(opt, len(data.classes), data.size, surrogate)
     if not TRIGGERS[opt.trigger_type].perturb:
         return attack.stamp(images)

@@ -130,7 +130,7 @@ def train_member(member, folder, opt, device):
     noisy = torch.rand(len(order), generator=generator(opt.seed, "noise")) < member.noise
     data.labels[noisy] = torch.randint(10, (int(noisy.sum()),), generator=generator(opt.seed, "labels"))
 
-    surrogate = load_surrogate(opt, 10, device)
+    surrogate = load_surrogate(opt, 10, data.size, device)
     attack = build_attack(opt, 10, data.size, surrogate)
     attacks = [attack]
     if member.attack == "two":

@@ -16,7 +16,9 @@ def load_model(weights: dict, path: str, arch: str, num_class: int, mean, std, s
         UserError: the weights do not fit; the message names the architecture and number of classes that the file
             appears to hold.
     """
-    with torch.device("meta"):  # compare shapes before memory is allocated for sizes that the file claims
+    # Shapes are compared before memory is allocated for sizes that a checkpoint claims. Code of the user's own claims
+    # none, and may read values, which "meta" does not have.
+    with torch.device("cpu" if runs_a_file(arch) else "meta"):
         check_fit(select_model(arch, num_class), weights, path, f"{arch} with {num_class} classes", _fit_hint(weights))
     model = select_model(arch, num_class, mean, std)
     load_weights(model, weights, path, arch)
@@ -48,11 +50,12 @@ def load_classifier(checkpoint: dict, path: str, arch: str, num_class: int, norm
     return model.to(device).eval().requires_grad_(False), metadata
 
 
-def load_clean_model(path: str, num_class: int, normalization, device, arch: str, hint: str) -> Classifier:
+def load_clean_model(path: str, num_class: int, normalization, device, arch: str, size, hint: str) -> Classifier:
     """Load the clean model that an attack is built on (--surrogate), frozen, in eval mode, on the device.
 
     Args:
         arch, normalization: used if the checkpoint does not state them.
+        size: (H, W) of the images.
         hint: how to train a clean model, for the error message.
 
     Raises:
@@ -64,7 +67,8 @@ def load_clean_model(path: str, num_class: int, normalization, device, arch: str
     found = checkpoint.get("num_class", num_class)
     if found != num_class:
         raise UserError(f"the clean model {path} has {found} classes, but the attack is for {num_class}")
-    return load_classifier(checkpoint, path, arch, num_class, normalization, device)[0]
+    arch = checkpoint.get("recognised", arch)
+    return load_classifier(checkpoint, path, arch, num_class, normalization, device, size)[0]
 
 
 def _fit_hint(weights):

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import os
 import re
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -44,7 +45,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.network = network
-        self.head_name = head
+        self.head_name, self.memory_format = head, torch.channels_last
 
     @property
     def head(self) -> nn.Linear:
@@ -65,24 +66,34 @@ class Classifier(nn.Module):
         Raises:
             UserError: the network fails on them, returns no (B, num_class) logits, or has no such layer at its end.
         """
-        names = {module: name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)}
         was_training, images = self.training, torch.zeros(2, 3, *size, device=next(self.parameters()).device)
-        runs = []  # the name of each linear layer that runs, and the dimensions of its input
         try:
-            with torch.no_grad(), _hooked(names, lambda layer, inputs, _: runs.append((names[layer], inputs[0].dim()))):
-                logits = self.eval().network(self.normalize(images))
-        except Exception as error:  # noqa: BLE001 - the code of others can raise anything
-            raise UserError(f"{name} fails on images of {size[0]}x{size[1]} pixels: {_reason(error)}") from None
+            logits, runs = self._probe(images)
+        except Exception:  # noqa: BLE001 - the code of others can raise anything
+            # A network that calls x.view(len(x), -1) needs the plain layout.
+            self.memory_format = torch.contiguous_format
+            self.to(memory_format=self.memory_format)
+            try:
+                logits, runs = self._probe(images)
+            except Exception as error:  # noqa: BLE001
+                raise UserError(f"{name} fails on images of {size[0]}x{size[1]} pixels: {_reason(error)}") from None
         self.train(was_training)
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         if len(shape) != 2 or shape != (2, num_class or shape[1]):
             raise UserError(f"{name} returns {shape} for 2 images, not logits of shape (2, {num_class or 'K'})")
         num_class = shape[1]
-        last, dimensions = runs[-1] if runs else ("", 0)
-        if dimensions != 2 or self.network.get_submodule(last).out_features != num_class:
+        last, output = runs[-1] if runs else ("", None)
+        if output is None or not torch.equal(output, logits):
             raise UserError(f"{name} does not end with a linear layer of {num_class} logits, which MCL's features need")
         self.head_name = last
         return num_class
+
+    def _probe(self, images):
+        """The output for some images, and of each linear layer that runs its name and its output."""
+        names = {module: name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)}
+        runs = []
+        with torch.no_grad(), _hooked(names, lambda layer, _, output: runs.append((names[layer], output))):
+            return self.eval().network(self.normalize(images).contiguous(memory_format=self.memory_format)), runs
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images in [0, 1] -> (B, D) features, the input of the last linear layer: the paper's g(x).
@@ -118,7 +129,9 @@ class Classifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images in [0, 1] -> (B, num_class) logits, float32 under autocast as well."""
-        return self.network(self.normalize(x)).float()
+        logits = self.network(self.normalize(x).contiguous(memory_format=self.memory_format))
+        # In training, torchvision's GoogLeNet and Inception return those of auxiliary classifiers, too.
+        return (logits[0] if isinstance(logits, tuple) else logits).float()
 
 
 @contextmanager
@@ -170,14 +183,19 @@ def _build(arch, source, name, num_class):
             return torchvision.models.get_model(name, weights=None, num_classes=num_class)
         if source == "timm":
             return importlib.import_module("timm").create_model(name, num_classes=num_class)
-        spec = importlib.util.spec_from_file_location(os.path.basename(source).removesuffix(".py"), source)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(f"architectures of {source}", source)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        folder = os.path.dirname(os.path.abspath(source))
+        if folder not in sys.path:
+            sys.path.append(folder)  # for the modules that the file imports; those of this repository come first
         spec.loader.exec_module(module)
         make = getattr(module, name)
         taken = inspect.signature(make).parameters
         network = make(**{word: num_class for word in ("num_class", "num_classes") if word in taken})
     except ModuleNotFoundError as error:
-        raise UserError(f"--arch {arch} needs the package {error.name}: pip install {error.name}") from None
+        remedy = f"the package {error.name}: pip install {error.name}"
+        missing = remedy if source in LIBRARIES else f"a module {error.name}, which was not found"
+        raise UserError(f"--arch {arch} needs {missing}") from None
     except Exception as error:  # noqa: BLE001 - the code of others can raise anything
         raise UserError(
             f"--arch {arch} cannot be built: {' '.join(str(error).split()) or type(error).__name__}"

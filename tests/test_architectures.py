@@ -14,7 +14,7 @@ from models import select_model
 from models.loading import load_classifier, load_model
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.safe_load import Skipped
+from utils.safe_load import Skipped, safe_load
 
 CPU, RAW = torch.device("cpu"), ((0.0,) * 3, (1.0,) * 3)
 USER_FILE = """
@@ -156,15 +156,18 @@ def test_a_file_of_backdoorbench_is_read_with_what_it_states(tmp_path):
     weights = backdoorbench_file(path, "PreActResNet18")
     checkpoint = read_checkpoint(path)
     assert all(torch.equal(checkpoint["state_dict"][name], tensor) for name, tensor in weights.items())
-    assert (checkpoint["arch"], checkpoint["num_class"]) == ("PreActResNet18", 10)
+    assert (checkpoint["recognised"], checkpoint["num_class"]) == ("PreActResNet18", 10)
     assert checkpoint["normalization"] == ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))  # not those of kuangliu
     used = options_as_used(*parse("main.py", []), checkpoint)
     assert (used.arch, used.normalize, used.trigger_type) == ("PreActResNet18", checkpoint["normalization"], None)
-    assert isinstance(checkpoint["bd_train"]["poison_indicator"], Skipped)
-    load_classifier(checkpoint, path, used.arch, 10, RAW, CPU)
+    assert isinstance(safe_load(path)["bd_train"]["poison_indicator"], Skipped)
+    _, metadata = load_classifier(checkpoint, path, used.arch, 10, RAW, CPU)
+    assert metadata["normalization"] == checkpoint["normalization"]
+    used = options_as_used(*parse("main.py", ["--arch", "own.py:Resized"]), checkpoint)  # as its ViTs need it
+    assert (used.arch, used.num_class) == ("own.py:Resized", 10)
     backdoorbench_file(path, "torchvision:resnet18", model_name="resnet18", clean_data="gtsrb")
     checkpoint = read_checkpoint(path)
-    assert (checkpoint["arch"], checkpoint["normalization"]) == ("torchvision:resnet18", RAW)
+    assert (checkpoint["recognised"], checkpoint["normalization"]) == ("torchvision:resnet18", RAW)
     backdoorbench_file(path, "WRN-10-1", model_name="theirs")
     assert read_checkpoint(path).keys() == {"state_dict", "recognised"}
 

@@ -233,6 +233,9 @@ def test_a_finished_run_is_recognised_by_the_options_that_it_used(tmp_path):
     assert finished_run(str(tmp_path), {**options, "num_class": 10}, str(model))
     for change in ({"num_class": 12}, {"lr": 0.2}, {"normalize": ((0.5,) * 3, (0.3,) * 3)}, {"trig_w": 3}):
         assert finished_run(str(tmp_path), options | change, str(model)) is None
+    assert Resumable(str(tmp_path), config, resume=True).finished()  # a file has lists for the tuples of --normalize
+    with pytest.raises(UserError, match="belongs to a run with --lr 0.1 "):
+        Resumable(str(tmp_path), config | {"lr": 0.2}, resume=True).finished()
 
 
 def test_a_loss_that_is_not_finite_in_epoch_1_leaves_no_weights_and_says_so(started, tmp_path):

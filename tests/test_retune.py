@@ -7,7 +7,7 @@ import torch
 from conftest import assert_weights, sgd_step_by_hand, state_vector
 
 import config
-from attacks import Attack
+from attacks import Attack, UnknownAttack
 from attacks.retune import CLEAN_IMAGES, DRAWS, SGD, retune, retuned_metrics
 from data_loader import Batches, DatasetCL, TensorImages, get_retuning_batches
 from utils.datasets import ImageSet
@@ -58,8 +58,10 @@ def test_the_images_are_outside_the_clean_split_and_k_of_them_poisoned(train_set
     order = unused[torch.randperm(len(unused), generator=generator(opt.seed, "retune 0"))]
     assert set(order[:CLEAN_IMAGES].tolist()) == set(draws[5][0][0]) - draws[5][0][1]
     opt.retune = [3000]
-    with pytest.raises(UserError, match="--retune 3000 needs more images"):
+    with pytest.raises(UserError, match="--retune 3000 needs more images .* the attack takes 2,500 clean ones first"):
         get_retuning_batches(opt, train_set, attack, CPU)
+    with pytest.raises(UserError, match="state the trigger with --trigger_type"):
+        get_retuning_batches(opt, train_set, UnknownAttack(3), CPU)
 
 
 @pytest.fixture

@@ -60,9 +60,9 @@ def read_checkpoint(path: str) -> dict:
     Returns:
         a dict with "state_dict" and, in checkpoints of this repository, "arch" (str), "num_class" (int) and
         "normalization" (mean and std, 3 numbers each), all checked, and "dataset", "attack" (for Attack.from_state)
-        and "metrics", unchecked. BackdoorBench's files have the first three, too. A file without all of them comes
-        from other code, where the same keys may mean something else: only its "state_dict" is returned, and
-        "recognised", the architecture that its names give away.
+        and "metrics", unchecked. A file without the first three comes from other code, where the same keys may mean
+        something else: only its "state_dict" is returned, and "recognised", the architecture that its names give away.
+        Of BackdoorBench's files "recognised" is what they name, and "num_class" and "normalization" are known, too.
 
     Raises:
         UserError: no such file, not a checkpoint, no state_dict in it, weights that are not finite, or invalid
@@ -91,12 +91,11 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f"{path}: several weights share the same bytes, which no architecture here does")
     if not all(tensor.float().isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path} has weights that are not finite")
-    metadata |= _stated_by_backdoorbench(metadata)
     if not METADATA.keys() <= metadata.keys():
         arch, _ = recognise(weights)
-        return {"state_dict": weights} | ({"recognised": arch} if arch else {})
+        metadata = ({"recognised": arch} if arch else {}) | _stated_by_backdoorbench(metadata)
     for name, (is_valid, expected) in METADATA.items():
-        if not is_valid(metadata[name]):
+        if name in metadata and not is_valid(metadata[name]):
             raise UserError(f"{path}: its {name} is not {expected}")
     return {**metadata, "state_dict": weights}
 
@@ -168,7 +167,7 @@ def _stated_by_backdoorbench(metadata):
     if dataset not in BACKDOORBENCH or not (is_torchvision or name == "preactresnet18"):
         return {}
     arch = f"torchvision:{name}" if is_torchvision else "PreActResNet18"
-    return {"arch": arch, "num_class": metadata.get("num_classes"), "normalization": BACKDOORBENCH[dataset]}
+    return {"recognised": arch, "num_class": metadata.get("num_classes"), "normalization": BACKDOORBENCH[dataset]}
 
 
 def _first_three(names):
@@ -176,8 +175,9 @@ def _first_three(names):
 
 
 def _without_prefix(weights):
-    """Remove a wrapper's prefix that all names share."""
-    for prefix in PREFIXES:
+    """Remove a wrapper's prefix that all names share, and the counter of torch's AveragedModel."""
+    weights = {name: tensor for name, tensor in weights.items() if name != "n_averaged"}
+    for prefix in PREFIXES * 2:  # a wrapper in a wrapper, in either order
         if weights and all(isinstance(name, str) and name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return weights

@@ -90,10 +90,10 @@ class Resumable:
         self.recovery_hint = f"the weights of the last good epoch are in {self.path}; main.py --model reads them"
 
     def _check(self, stored, path):
-        stored = _result_options(stored)
-        changed = [name for name in self.options | stored if stored.get(name) != self.options.get(name)]
+        stored, current = (json.loads(json.dumps(options)) for options in (_result_options(stored), self.options))
+        changed = [name for name in current | stored if stored.get(name) != current.get(name)]
         if changed:
-            listed = ", ".join(f"--{name} {stored.get(name)} (not {self.options.get(name)})" for name in changed)
+            listed = ", ".join(f"--{name} {stored.get(name)} (not {current.get(name)})" for name in changed)
             raise UserError(f"{path} belongs to a run with {listed}; use those, or start anew without --resume")
 
 

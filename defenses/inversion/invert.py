@@ -204,7 +204,9 @@ def shifted_patterns(victim, trigger, batches, target) -> torch.Tensor:
         (V, C, H, W), V from 1 to 50; what leaves the image is cut off.
     """
     candidates = (attackable_images(victim, *batch, target) for batch in batches)
-    images, labels = next((images, labels) for images, labels in candidates if len(images))
+    images, labels = next(((images, labels) for images, labels in candidates if len(images)), (None, None))
+    if images is None:  # all attackable ones are in the last batch, which is left out
+        return trigger.pattern[None]
     height, width = trigger.pattern.shape[1:]
     padded = [F.pad(pattern, (MAX_SHIFT,) * 4) for pattern in (trigger.pattern, mirror(trigger.pattern))]
     offsets = list(itertools.product(range(2 * MAX_SHIFT + 1), repeat=2))

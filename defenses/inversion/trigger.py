@@ -48,6 +48,8 @@ class InvertedTrigger:
         with torch.inference_mode():
             for batch in batches:
                 images, labels = attackable_images(model, *batch, target)
+                if not len(images):  # which not every network takes
+                    continue
                 triggered = apply_patterns(images, self.pattern[None].to(images.device))
                 hits += is_hit(model(triggered), labels, target).sum().item()
                 count += len(images)

@@ -34,9 +34,7 @@ class Plane(NamedTuple):
     def of(cls, points: torch.Tensor) -> "Plane":
         """The plane of the two principal components of (N, D) points, D >= 2."""
         points = points.double()
-        centred = points - points.mean(0)
-        _, directions = torch.linalg.eigh(centred.T @ centred)  # in order of rising variance
-        directions = directions[:, [-1, -2]]
+        directions = torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2].T
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
         return cls(points.mean(0), directions * largest.sign())  # fixes the sign: the same map on every machine
 

@@ -1,0 +1,191 @@
+"""Networks that do what those of this repository do not, and runs on them that end in a line or go on."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, FixedBatches
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import config
+import main
+from attacks.stated import options_as_used
+from defenses import DefenseContext, DefenseResult, purify, remove_backdoors
+from defenses.inversion import shifted_patterns
+from defenses.last_layer import calibrate
+from models import load_clean_model, load_model, select_model
+from models.selector import Classifier
+from train_badnet import victim_name
+from utils.checkpoint import read_checkpoint
+from utils.errors import RunError, UserError
+
+CPU, RAW = torch.device("cpu"), ((0.0,) * 3, (1.0,) * 3)
+purify_module = sys.modules["defenses.purify"]  # defenses.purify is the function
+IMAGES, LABELS = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
+QUICK = {"epochs": 1, "device": "cpu"}
+
+
+class Flat(nn.Module):
+    """Views the image, and after a convolution its output, as vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256 + 192, 3)
+
+    def forward(self, x):
+        return self.fc(torch.cat([self.conv(x).relu().view(-1, 256), x.view(x.size(0), -1)], 1))
+
+
+class Attention(nn.Module):
+    """Attention over the rows of the image, a weight that is not used, two outputs in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.unused = nn.Linear(24, 3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        rows = x.permute(0, 2, 1, 3).flatten(2)[:, None]
+        logits = self.fc(scaled_dot_product_attention(rows, rows, rows).mean((1, 2)))
+        return (logits, logits) if self.training else logits
+
+
+class Softmax(Flat):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+@pytest.mark.parametrize("network", [Flat, Attention])
+@pytest.mark.parametrize("defense", ["ft", "ibau", "ftsam", "nc"])
+def test_every_defense_runs_on_a_network_of_ones_own(network, defense):
+    torch.manual_seed(0)
+    options = {"target": 1, "inversion_rounds": 1, "inversion_steps": 3} if defense == "nc" else {}
+    try:
+        assert purify(network(), IMAGES, LABELS, defense=defense, **QUICK, **options).target in (None, 1)
+    except RunError as error:
+        assert "no pattern turns" in str(error)  # of an untrained network
+
+
+def test_probabilities_are_not_taken_for_logits():
+    with pytest.raises(UserError, match="Softmax does not end with a linear layer of 3 logits"):
+        Classifier(Softmax()).find_head("Softmax", 3, (8, 8))
+
+
+def test_a_file_of_ones_own_may_read_values_import_its_neighbours_and_declare_dataclasses(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("WIDTH = 192\n")
+    (tmp_path / "mine.py").write_text("""
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from neighbour_of_mine import WIDTH
+
+@dataclass
+class Settings:
+    width: int = WIDTH
+
+class Mine(torch.nn.Sequential):
+    def __init__(self, num_class):
+        rate = torch.linspace(0, 0.1, 3)[1].item()
+        layers = torch.nn.Flatten(), torch.nn.Dropout(rate), torch.nn.Linear(Settings().width, num_class)
+        super().__init__(*layers)
+""")
+    arch, path = f"{tmp_path / 'mine.py'}:Mine", str(tmp_path / "a.pth")
+    weights = select_model(arch, 3).network.state_dict()
+    assert load_model(weights, path, arch, 3, *RAW, (8, 8)).head_name == "2"
+    torch.save(weights, path)
+    assert load_clean_model(path, 3, RAW, CPU, arch, (8, 8), "").head_name == "2"  # it only takes images of 8 pixels
+    opt, _ = config.parse("train_badnet.py", ["--arch", arch])
+    assert victim_name(opt) == "mine.py:Mine-badnet"
+    (tmp_path / "other.py").write_text("import a_module_of_nobody\n")
+    with pytest.raises(UserError, match="needs a module a_module_of_nobody, which was not found"):
+        select_model(f"{tmp_path / 'other.py'}:Net", 3)
+
+
+def test_wrappers_in_wrappers_and_averages_are_unpacked(tmp_path):
+    weights = Flat().state_dict()
+    torch.save({f"_orig_mod.module.{name}": tensor for name, tensor in weights.items()}, tmp_path / "a.pth")
+    average = torch.optim.swa_utils.AveragedModel(Flat())
+    torch.save(average.state_dict(), tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        assert read_checkpoint(str(tmp_path / name))["state_dict"].keys() == weights.keys()
+
+
+def test_no_network_is_given_an_empty_batch(trigger):
+    def model(images):
+        assert len(images)
+        return torch.tensor([[0.0, 1.0]]).expand(len(images), 2)
+
+    model.head = nn.Linear(1, 2)
+    batches = FixedBatches([(IMAGES[:4], torch.ones(4, dtype=torch.int64)), (IMAGES[4:6], torch.tensor([0, 1]))])
+    assert trigger.rate_on(model, batches, 1) == 1.0
+    calibrate(model, trigger.patterns, batches, 1)
+    assert torch.equal(shifted_patterns(model, trigger, batches[:1], 1), trigger.patterns)  # no image to try them on
+
+
+@pytest.mark.parametrize("option", ["--target_label", "--target_type"])
+def test_an_attack_is_not_assumed_from_its_label(option):
+    opt, explicit = config.parse("main.py", ["--model", "m.pth", option, "1" if option[-1] == "l" else "all2all"])
+    with pytest.raises(UserError, match=f"{option} applies only with --trigger_type, since .* states no attack"):
+        options_as_used(opt, explicit, {"state_dict": {}})
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (LABELS.float(), {}, "labels must be integers"),
+        (LABELS - 1, {}, "labels must be integers from 0 on"),
+        (LABELS, {"target": 3}, "a label from 0 to 2, not 3"),
+        (LABELS, {"target": "2"}, "a label from 0 to 2, not '2'"),
+        (LABELS, {"target": None}, "mcl needs a target"),
+        (LABELS, {"schedule": "cosin"}, "no schedule named 'cosin'; did you mean cosine"),
+    ],
+)
+def test_purify_refuses_what_does_not_fit(labels, options, message):
+    with pytest.raises(UserError, match=message):
+        purify(Flat(), IMAGES, labels, **options)
+
+
+def test_purify_refuses_images_with_nan():
+    with pytest.raises(UserError, match="floats in"):
+        purify(Flat(), IMAGES.where(IMAGES < 0.5, torch.nan), LABELS)
+
+
+def test_a_further_backdoor_that_cannot_be_inverted_leaves_the_first_student(monkeypatch, victim, capsys):
+    def run_defense(name, context, options, precision):
+        if context.target == 2:
+            raise RunError("no pattern")
+        return DefenseResult(victim, [{"epoch": 1}], "trigger")
+
+    monkeypatch.setattr(purify_module, "run_defense", run_defense)
+    monkeypatch.setattr(purify_module, "find_target", lambda *_: (2, [], "label 2 is suspected"))
+    context = DefenseContext(victim, [], [], True, 24, CPU, 0, main.Stopwatch(), 1)
+    assert remove_backdoors("mcl", context, {"verify": True}, [], 3) == (victim, [{"epoch": 1}], {1: "trigger"})
+    assert "the further backdoor was not removed: no pattern" in capsys.readouterr().out
+    with pytest.raises(RunError, match="no pattern"):
+        remove_backdoors("mcl", context._replace(target=2), {"verify": True}, [], 3)
+
+
+def test_an_unexpected_error_of_one_run_does_not_end_a_comparison(monkeypatch, tmp_path, capsys):
+    model = str(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar")
+    words = ["--dataset", "shapes", "--defense", "ft", "nad", "--model", model, "--log_root", str(tmp_path)]
+    opt, explicit = config.parse("main.py", words)
+    done = []
+
+    def run(options, explicit, name):
+        done.append(options.defense)
+        if options.defense == "ft":
+            raise RuntimeError("derivative is not implemented")
+
+    monkeypatch.setattr(main, "run", run)
+    for name in ("comparison_row", "write_comparison", "comparison_text"):
+        monkeypatch.setattr(main, name, lambda *_: "")
+    with pytest.raises(RunError, match="1 of 2 runs failed; the first: .*RuntimeError: derivative is not implemented"):
+        main.compare(opt, explicit, main.torchrun_processes())
+    assert done == ["ft", "nad"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_nad_refuses_a_network_of_few_resolutions_before_any_training(monkeypatch):
+    monkeypatch.setattr("defenses.nad.finetune", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UserError, match="three resolutions, and this network has 1"):
+        purify(Flat(), IMAGES, LABELS, defense="nad", **QUICK)
