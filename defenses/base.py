@@ -10,6 +10,7 @@ from torch import nn
 from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger, shifted_patterns
 from utils.progress import Stopwatch
 from utils.seed import generator
+from utils.training import train
 
 REMAINING_ROUNDS = 2  # rounds of the inversion of a student
 MAX_REMAINING = 0.05  # fraction of the pixels up to which a pattern of the student counts as a remnant of the backdoor
@@ -71,6 +72,16 @@ class DefenseContext(NamedTuple):
         if trigger.others is not None or not self.augmented:
             return trigger.patterns
         return shifted_patterns(model or self.victim, trigger, self.plain_batches, self.target)
+
+    def new_student(self) -> nn.Module:
+        """A copy of the victim to train."""
+        return copy.deepcopy(self.victim).requires_grad_(True)
+
+    def fit(self, student: nn.Module, loss_of: Callable, **training) -> "DefenseResult":
+        """Train the student on `train_batches`, monitored; `loss_of` and `training` as in utils.training.train."""
+        with self.clock("purify"):
+            history = train(student, self.train_batches, loss_of, self.device, monitor=self.monitor, **training)
+        return DefenseResult(student.eval(), history)
 
 
 class DefenseResult(NamedTuple):

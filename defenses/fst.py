@@ -3,14 +3,12 @@
 The last layer is re-initialised and kept away from the victim's, which forces the features to move as well.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
 from defenses.base import DefenseResult
 from utils.seed import generator
-from utils.training import sgd_step, train
+from utils.training import sgd_step
 
 
 def reinit_head(head, rng: torch.Generator) -> None:
@@ -30,7 +28,7 @@ def defend(context, *, alpha, **training) -> DefenseResult:
             ||w_victim||^2 is large (334 for the WRN-16-1 of the MCL paper).
         training: arguments of utils.training.train.
     """
-    student = copy.deepcopy(context.victim).requires_grad_(True)
+    student = context.new_student()
     reinit_head(student.head, generator(context.seed, "fst"))
     weight, victim_weight = student.head.weight, context.victim.head.weight
 
@@ -47,7 +45,4 @@ def defend(context, *, alpha, **training) -> DefenseResult:
         return F.cross_entropy(student(images), labels) + alpha * (weight * victim_weight).sum()
 
     project_norm()
-    with context.clock("purify"):
-        settings = {"title": "fst", "monitor": context.monitor, "update": update, **training}
-        history = train(student, context.train_batches, loss_of, context.device, **settings)
-    return DefenseResult(student.eval(), history)
+    return context.fit(student, loss_of, title="fst", update=update, **training)

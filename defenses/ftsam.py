@@ -3,7 +3,6 @@
 It shrinks the large weights of backdoor neurons, because the adaptive perturbation is larger along larger weights.
 """
 
-import copy
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from defenses.base import DefenseResult
-from utils.training import train
 
 LABEL_SMOOTHING = 0.1
 
@@ -63,7 +61,7 @@ def defend(context, *, rho, **training) -> DefenseResult:
         rho: radius of the search for that point, relative to the weights; above 0.
         training: arguments of utils.training.train.
     """
-    student = copy.deepcopy(context.victim).requires_grad_(True)
+    student = context.new_student()
     weights = list(student.parameters())
 
     def update(optimizer, loss_of):
@@ -77,7 +75,4 @@ def defend(context, *, rho, **training) -> DefenseResult:
     def loss_of(images, labels):
         return F.cross_entropy(student(images), labels, label_smoothing=LABEL_SMOOTHING)
 
-    with context.clock("purify"):
-        settings = {"title": "ftsam", "monitor": context.monitor, "update": update, **training}
-        history = train(student, context.train_batches, loss_of, context.device, **settings)
-    return DefenseResult(student.eval(), history)
+    return context.fit(student, loss_of, title="ftsam", update=update, **training)

@@ -4,7 +4,6 @@ The inner problem finds one perturbation d of all images that changes the model'
 the true labels of perturbed images, and accounts for how d would respond to the model's change.
 """
 
-import copy
 import time
 
 import torch
@@ -75,7 +74,7 @@ def defend(context, *, epochs, lr, precision) -> DefenseResult:
     Raises:
         RunError: the loss or the weights are not finite.
     """
-    student = copy.deepcopy(context.victim).requires_grad_(True).eval()
+    student = context.new_student().eval()
     batches, device = context.train_batches, context.device
     weights, history = list(student.parameters()), []
     optimizer, bar = torch.optim.Adam(weights, lr), progress_bar("ibau", epochs * len(batches), "batch")
