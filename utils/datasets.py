@@ -73,30 +73,28 @@ def read_dataset(name: str, split: str, root: str, image_size: int) -> ImageSet:
     Raises:
         UserError: the data is missing and cannot be downloaded, or is damaged.
     """
-    return ImageSet(*READERS[name](name, split, root, image_size))
+    if name == "shapes":
+        return ImageSet(*draw_shapes(split), SHAPES_CLASSES)
+    if name == "GTSRB":
+        return _read_gtsrb(split, root, image_size)
+    if name == "folder":
+        return _read_folder(split, root, image_size)
+    dataset = _load_torchvision(name, root, train=split == "train")  # CIFAR10 or CIFAR100
+    return ImageSet(torch.from_numpy(dataset.data), torch.tensor(dataset.targets), dataset.classes)
 
 
-def _read_shapes(name, split, root, image_size):
-    return *draw_shapes(split), SHAPES_CLASSES
-
-
-def _read_cifar(name, split, root, image_size):
-    dataset = _load_torchvision(name, root, train=split == "train")
-    return torch.from_numpy(dataset.data), torch.tensor(dataset.targets), dataset.classes
-
-
-def _read_gtsrb(name, split, root, image_size):
-    dataset = _load_torchvision(name, root, split=split, transform=_resize(image_size))
+def _read_gtsrb(split, root, image_size):
+    dataset = _load_torchvision("GTSRB", root, split=split, transform=_resize(image_size))
     if len(dataset) != GTSRB_IMAGES[split]:  # torchvision accepts a partly downloaded folder
         folder = os.path.join(root, "gtsrb")
         raise UserError(
             f"{folder} has {len(dataset):,} of GTSRB's {GTSRB_IMAGES[split]:,} {split} images, probably from an "
             f"interrupted download; remove {folder} and start again"
         )
-    return *_decode(dataset, image_size), [str(label) for label in range(43)]
+    return ImageSet(*_decode(dataset, image_size), [str(label) for label in range(43)])
 
 
-def _read_folder(name, split, root, image_size):
+def _read_folder(split, root, image_size):
     path = os.path.join(root, split)
     try:
         dataset = torchvision.datasets.ImageFolder(path, transform=_resize(image_size), loader=_open_picture)
@@ -106,16 +104,7 @@ def _read_folder(name, split, root, image_size):
     if dataset.classes != train_classes:
         unmatched = ", ".join(sorted(set(train_classes) ^ set(dataset.classes)))
         raise UserError(f"train/ and test/ in {root} must have the same classes; only one of them has {unmatched}")
-    return *_decode(dataset, image_size), dataset.classes
-
-
-READERS = {
-    "CIFAR10": _read_cifar,
-    "CIFAR100": _read_cifar,
-    "GTSRB": _read_gtsrb,
-    "folder": _read_folder,
-    "shapes": _read_shapes,
-}
+    return ImageSet(*_decode(dataset, image_size), dataset.classes)
 
 
 def _load_torchvision(name, root, **arguments):
