@@ -52,21 +52,13 @@ def add_method_option(add: Callable, methods: dict[str, dict], name: str, help_t
         methods: method -> its options and their defaults.
         settings: further arguments of add_argument; the type follows from the defaults unless given.
     """
+    defaults = {method: options[name] for method, options in methods.items() if name in options}
     methods_by_default = {}
-    for method, options in methods.items():
-        if name in options:
-            default = options[name]
-            default_text = (
-                "" if default is None or default is False else f"{default:g}" if _is_float(default) else default
-            )
-            methods_by_default.setdefault(str(default_text), []).append(method)
-    defaults = ", ".join(" ".join([*names, text]).strip() for text, names in methods_by_default.items())
-    example = next(options[name] for options in methods.values() if name in options)
-    if not settings:
-        settings = (
-            {"action": "store_const", "const": True} if isinstance(example, bool) else {"type": _type_of(example)}
-        )
-    add(f"--{name}", help=f"{help_text} [{defaults}]" if help_text else f"[{defaults}]", **settings)
+    for method, default in defaults.items():
+        methods_by_default.setdefault(_default_text(default), []).append(method)
+    note = ", ".join(" ".join([*names, text]).strip() for text, names in methods_by_default.items())
+    settings = settings or _settings_for(next(iter(defaults.values())))
+    add(f"--{name}", help=f"{help_text} [{note}]".strip(), **settings)
 
 
 def add_undeclared_options(parser: argparse.ArgumentParser, add: Callable, methods: dict[str, dict]) -> None:
@@ -131,10 +123,7 @@ OPTION_CONDITIONS = {
     "temperature": ("--contrast others or all", lambda opt: opt.contrast != "none"),
     "force": ("--target auto", lambda opt: opt.target in (None, "auto")),
     "seed": ("one seed, without --seeds", lambda opt: not getattr(opt, "seeds", None)),
-    "resume": (
-        "several defenses, models or --seeds",
-        lambda opt: not hasattr(opt, "defense") or is_comparison(opt),
-    ),
+    "resume": ("several defenses, models or --seeds", lambda opt: not hasattr(opt, "defense") or is_comparison(opt)),
     "tensorboard": (
         "a training, and --print_freq from 1 to --epochs",
         lambda opt: _DEFENDS[1](opt) and 0 < opt.print_freq <= (opt.epochs or math.inf),
@@ -183,10 +172,14 @@ def target(text: str) -> str | int:
     return text if text in ("auto", "any") else _label(text)
 
 
-def _is_float(value):
-    return isinstance(value, float)
+def _default_text(default):
+    if default is None or default is False:
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def _type_of(example):
-    """The argparse type of an option, from its default."""
-    return positive if isinstance(example, int) else zero_or_more if _is_float(example) else str
+def _settings_for(default):
+    """The arguments of add_argument that follow from an option's default."""
+    if isinstance(default, bool):
+        return {"action": "store_const", "const": True}
+    return {"type": positive if isinstance(default, int) else zero_or_more if isinstance(default, float) else str}
