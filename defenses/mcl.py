@@ -96,14 +96,8 @@ def defend(
     has_few = context.image_count < FEW_IMAGES
     if positive == "finetuned" or (positive == "auto" and not has_few):
         with context.clock("finetune"):
-            schedule = {"epochs": finetune_epochs, "lr": finetune_lr, **sgd}
-            positive_model = clean_finetune(
-                context.victim,
-                context.train_batches,
-                context.device,
-                mirror=mirror,
-                **schedule,
-            )
+            settings = {"mirror": mirror, "epochs": finetune_epochs, "lr": finetune_lr, **sgd}
+            positive_model = clean_finetune(context.victim, context.train_batches, context.device, **settings)
     mirror_features = mirror and mirror_similarity(context.victim, context.plain_batches) >= MIRROR_SIMILARITY
     budget = inversion_steps, inversion_batches, sgd["precision"]
     trigger = context.invert(inversion_rounds, *budget)

@@ -7,9 +7,7 @@ import torch
 def predict(model, batches) -> torch.Tensor:
     """Predicted labels, (N,) int64 on the CPU, for `batches` of (images, ...); leaves the model in eval mode."""
     model.eval()
-    predicted = []
-    for images, *_ in batches:
-        predicted.append(model(images).argmax(1))
+    predicted = [model(images).argmax(1) for images, *_ in batches]
     return torch.cat(predicted).cpu() if predicted else torch.zeros(0, dtype=torch.int64)
 
 
