@@ -38,7 +38,7 @@ from utils.progress import Stopwatch
 from utils.reporting.comparison import comparison_row, comparison_text, write_comparison
 from utils.reporting.plots import SAMPLE_SIZE
 from utils.reporting.save import save_results
-from utils.reporting.tables import metrics_table, published_table, retuned_table, search_table, verdict
+from utils.reporting.tables import metrics_table, published_table, retuned_rows, search_rows, text_table, verdict
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
 
@@ -207,7 +207,7 @@ def label_to_defend(opt, victim, split, num_class, device, clock):
     with clock("detect"):
         settings = num_class, device, opt.seed, vars(opt), opt.precision
         target, scores, reason = find_target(victim, split.search, *settings)
-    print(search_table([score.metadata() for score in scores]))
+    print(text_table(*search_rows([score.metadata() for score in scores])))
     print(reason)
     return target, scores
 
@@ -261,7 +261,7 @@ def measure_retuned(models, batches, test, attack, device) -> dict:
     """The re-tuning attack on each of the models that is not None: rows for metrics.json."""
     measure = partial(evaluate, eval_set=test, attack=attack)
     rows = {name: model and retuned_metrics(model, batches, measure, device) for name, model in models.items()}
-    print("", retuned_table(**rows), sep="\n")
+    print("\nafter the re-tuning attack, percent", text_table(*retuned_rows(*rows.values())), sep="\n")
     return rows
 
 

@@ -90,11 +90,6 @@ def search_rows(scores: list[dict]) -> tuple[list[str], list[list]]:
     return header, [[*(score[key] for key in keys), "yes" if score["flagged"] else "no"] for score in scores]
 
 
-def search_table(scores: list[dict]) -> str:
-    """`search_rows` as text."""
-    return text_table(*search_rows(scores))
-
-
 def retuned_rows(retuned: dict, reference: dict | None) -> tuple[list[str], list[list]]:
     """Header and rows of the re-tuning attack, a row for each number of poisoned images: mean ± sd over the draws."""
     header, rows = ["poisoned images", "ASR", "RA", "ACC"], []
@@ -103,11 +98,6 @@ def retuned_rows(retuned: dict, reference: dict | None) -> tuple[list[str], list
         if reference:
             rows[-1].append(f"{reference[count]['asr']:.2f} ± {reference[count]['sd']['asr']:.2f}")
     return [*header, "ASR of a clean model"] if reference else header, rows
-
-
-def retuned_table(retuned: dict, retuned_reference: dict | None) -> str:
-    """`retuned_rows` as text."""
-    return f"after the re-tuning attack, percent\n{text_table(*retuned_rows(retuned, retuned_reference))}"
 
 
 def is_backdoored(metrics: dict) -> bool | None:
