@@ -6,7 +6,7 @@ The last layer is re-initialised and kept away from the victim's, which forces t
 import torch
 import torch.nn.functional as F
 
-from defenses.base import DefenseResult
+from defenses.base import DefenseContext, DefenseResult
 from utils.seed import generator
 from utils.training import sgd_step
 
@@ -19,11 +19,10 @@ def reinit_head(head, rng: torch.Generator) -> None:
             parameter.copy_((2 * torch.rand(parameter.shape, generator=rng) - 1) * bound)
 
 
-def defend(context, *, alpha, **training) -> DefenseResult:
+def defend(context: DefenseContext, *, alpha, **training) -> DefenseResult:
     """Train a copy of the victim with a new last layer w: CE + alpha <w, w_victim>, ||w|| = ||w_victim|| (equation 2).
 
     Args:
-        context: a defenses.base.DefenseContext.
         alpha: weight of the inner product of the two last layers; published: 0.1 to 0.2, which outweighs the labels if
             ||w_victim||^2 is large (334 for the WRN-16-1 of the MCL paper).
         training: arguments of utils.training.train.

@@ -4,7 +4,7 @@ import copy
 
 import torch.nn.functional as F
 
-from defenses.base import DefenseResult
+from defenses.base import DefenseContext, DefenseResult
 from utils.training import train
 
 
@@ -28,8 +28,8 @@ def finetune(victim, batches, device, *, title="ft", **training):
     return student.eval(), history
 
 
-def defend(context, **training) -> DefenseResult:
-    """`finetune` for a defenses.base.DefenseContext."""
+def defend(context: DefenseContext, **training) -> DefenseResult:
+    """`finetune` the victim of a context."""
     with context.clock("purify"):
         settings = {"monitor": context.monitor, **training}
         return DefenseResult(*finetune(context.victim, context.train_batches, context.device, **settings))

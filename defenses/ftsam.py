@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from defenses.base import DefenseResult
+from defenses.base import DefenseContext, DefenseResult
 
 LABEL_SMOOTHING = 0.1
 
@@ -53,11 +53,10 @@ def step_at_offsets(model, offsets: list[torch.Tensor], optimizer, loss_of) -> t
     return loss.detach()
 
 
-def defend(context, *, rho, **training) -> DefenseResult:
+def defend(context: DefenseContext, *, rho, **training) -> DefenseResult:
     """Train a copy of the victim on the clean split; each step takes the gradient at the sharpest point nearby.
 
     Args:
-        context: a defenses.base.DefenseContext.
         rho: radius of the search for that point, relative to the weights; above 0.
         training: arguments of utils.training.train.
     """

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from defenses.base import DefenseResult
+from defenses.base import DefenseContext, DefenseResult
 from utils.device import autocast
 from utils.progress import progress_bar
 from utils.training import end_epoch
@@ -63,11 +63,10 @@ def worst_perturbation(model, batches, device, precision) -> torch.Tensor:
     return perturbation * (RADIUS / perturbation.norm().clamp(min=RADIUS))
 
 
-def defend(context, *, epochs, lr, precision) -> DefenseResult:
+def defend(context: DefenseContext, *, epochs, lr, precision) -> DefenseResult:
     """Unlearn on a copy of the victim, with Adam; batch norm keeps the victim's statistics.
 
     Args:
-        context: a defenses.base.DefenseContext.
         epochs: rounds, each one pass for d and one for the model.
         lr: of Adam.
 

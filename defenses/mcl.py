@@ -28,7 +28,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from defenses.base import DefenseResult
+from defenses.base import DefenseContext, DefenseResult
 from defenses.inversion import HIT_RATE, PatternApplier
 from defenses.last_layer import calibrate, make_blind, trigger_directions
 from utils.batches import CutMixBatches
@@ -52,7 +52,7 @@ MAX_GRADIENT = 0.05
 
 
 def defend(
-    context,
+    context: DefenseContext,
     *,
     positive,
     finetune_epochs,
@@ -76,7 +76,6 @@ def defend(
     that pattern is the trigger of the result: the check that every defense ends with fails on it.
 
     Args:
-        context: a defenses.base.DefenseContext.
         positive: the model of the positive features z+: "finetuned" (f_F), "backdoored" (the victim), or "auto": the
             victim below FEW_IMAGES clean images, else f_F.
         align_weight: weight of the alignment loss, doubled below FEW_IMAGES clean images.
@@ -194,14 +193,13 @@ def clean_finetune(victim, batches, device, *, mirror, **training):
     return model.eval().requires_grad_(False)
 
 
-def train_student_gently(context, positive, patterns, batches, trigger, *, lr, align_weight, **options):
+def train_student_gently(context: DefenseContext, positive, patterns, batches, trigger, *, lr, align_weight, **options):
     """train_student at one of RATE_SHARES of the rate after another, until clean features stay near the positive ones.
 
     A student at a lower rate that the trigger still turns does not count: the one before it is returned. Without the
     alignment, nothing holds the features, and the full rate stays.
 
     Args:
-        context: a defenses.base.DefenseContext.
         trigger: the InvertedTrigger.
         lr, align_weight, options: as in train_student, which the other arguments are passed to as well.
     """

@@ -5,7 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from defenses.base import DefenseResult
+from defenses.base import DefenseContext, DefenseResult
 from defenses.ft import finetune
 from utils.training import train
 
@@ -26,11 +26,10 @@ def attention_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Te
     )
 
 
-def defend(context, *, finetune_epochs, finetune_lr, epochs, lr, **sgd) -> DefenseResult:
+def defend(context: DefenseContext, *, finetune_epochs, finetune_lr, epochs, lr, **sgd) -> DefenseResult:
     """The paper's two steps: fine-tune the victim into a teacher, then distill its attention into the student.
 
     Args:
-        context: a defenses.base.DefenseContext.
         sgd: arguments of utils.training.train that both steps share.
 
     Raises:

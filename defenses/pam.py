@@ -7,6 +7,7 @@ paper reverses triggers with another method; here the inverted trigger is MCL's,
 
 import torch
 
+from defenses.base import DefenseContext, DefenseResult
 from defenses.ftsam import step_at_offsets
 from defenses.nc import unlearn
 
@@ -18,16 +19,12 @@ def path_offsets(weights: list[torch.Tensor], victim_weights: list[torch.Tensor]
     return [difference * (rho / distance.clamp(min=rho)) for difference in differences]
 
 
-def defend(context, *, rho, **options):
+def defend(context: DefenseContext, *, rho, **options) -> DefenseResult:
     """`defenses.nc.unlearn` with gradients taken at the distance rho from the student towards the victim.
 
     Args:
-        context: a defenses.base.DefenseContext.
         rho: that distance, the L2 norm over all weights; above 0.
-        options: of the inversion and of the training, as for defenses.nc.
-
-    Raises:
-        RunError: no pattern turns the clean images into the target label.
+        options: of the inversion and of the training, as for defenses.nc, whose errors are the same.
     """
     victim_weights = list(context.victim.parameters())
 
