@@ -150,8 +150,7 @@ def get_backdoor_loader(
 
 def get_clean_split(opt, train_set: ImageSet, attack: Attack, device) -> CleanSplit:
     """Draw the defender's clean split and make its batches."""
-    split = _clean_images(opt, train_set)
-    unused = _positions_outside(split, len(train_set.labels))
+    split, unused = _draw_clean_images(opt, train_set)
     index = unused if len(unused) else split.index
     index = index[evenly_spaced(len(index), MONITOR_IMAGES)]
     monitor_set = get_eval_set(train_set.images[index], train_set.labels[index], attack, device)
@@ -169,8 +168,7 @@ def get_retuning_batches(opt, train_set: ImageSet, attack: Attack, device) -> di
     Raises:
         UserError: too few images.
     """
-    split = _clean_images(opt, train_set)
-    unused, batches = _positions_outside(split, len(train_set.labels)), {count: [] for count in opt.retune}
+    (_, unused), batches = _draw_clean_images(opt, train_set), {count: [] for count in opt.retune}
     for draw in range(DRAWS):
         order = unused[torch.randperm(len(unused), generator=generator(opt.seed, f"retune {draw}"))]
         clean, others = order[:CLEAN_IMAGES], order[CLEAN_IMAGES:]
@@ -205,12 +203,9 @@ def get_eval_set(images, labels, attack: Attack, device, limit: int | None = Non
     return EvalSet(Batches(clean, EVAL_BATCH, device), Batches(triggered, EVAL_BATCH, device), labels)
 
 
-def _clean_images(opt, train_set):
-    return DatasetCL(train_set.images, train_set.labels, opt.ratio, generator(opt.seed, "split"), opt.clean)
-
-
-def _positions_outside(split, total):
-    """(n,) positions of the training images that are not in the clean split, in rising order."""
-    unused = torch.ones(total, dtype=torch.bool)
+def _draw_clean_images(opt, train_set):
+    """The clean split, and the (n,) positions of all other training images in rising order."""
+    split = DatasetCL(train_set.images, train_set.labels, opt.ratio, generator(opt.seed, "split"), opt.clean)
+    unused = torch.ones(len(train_set.labels), dtype=torch.bool)
     unused[split.index] = False
-    return unused.nonzero()[:, 0]
+    return split, unused.nonzero()[:, 0]
