@@ -197,9 +197,7 @@ def _build(arch, source, name, num_class):
         missing = remedy if source in LIBRARIES else f"a module {error.name}, which was not found"
         raise UserError(f"--arch {arch} needs {missing}") from None
     except Exception as error:  # noqa: BLE001 - the code of others can raise anything
-        raise UserError(
-            f"--arch {arch} cannot be built: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from None
+        raise UserError(f"--arch {arch} cannot be built: {_reason(error)}") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"--arch {arch} makes a {type(network).__name__}, not a torch.nn.Module")
     return network
