@@ -4,12 +4,9 @@ The attacker fine-tunes the model on clean images and K poisoned ones. Any model
 result counts as the excess over a clean model that was re-tuned with the same images.
 """
 
-import copy
 import statistics
 
-import torch.nn.functional as F
-
-from utils.training import train
+from utils.training import finetune
 
 CLEAN_IMAGES, BATCH_SIZE, DRAWS = 2_500, 64, 3
 SGD = {"epochs": 5, "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "schedule": "constant", "precision": "fp32"}
@@ -20,14 +17,10 @@ def retune(model, batches, device):
 
     The generator of the batches is set back, so that every model is re-tuned on the same batches.
     """
-    state, student = batches.rng.get_state(), copy.deepcopy(model).requires_grad_(True)
-
-    def loss_of(images, labels):
-        return F.cross_entropy(student(images), labels)
-
-    train(student, batches, loss_of, device, title="", **SGD)
+    state = batches.rng.get_state()
+    student, _ = finetune(model, batches, device, title="", **SGD)
     batches.rng.set_state(state)
-    return student.eval()
+    return student
 
 
 def retuned_metrics(model, batches_by_count: dict[int, list], measure, device) -> dict[str, dict]:

@@ -1,10 +1,12 @@
 """The training loop of victims, fine-tuning and purification, which differ only in their loss."""
 
+import copy
 import math
 import time
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR, OneCycleLR
@@ -125,6 +127,21 @@ def train(
     if average:
         model.load_state_dict(average.module.state_dict())
     return history
+
+
+def finetune(model, batches, device, *, title="finetune", **training):
+    """Train a copy of a model on the labels of (images, labels) batches; `training` as in `train`.
+
+    Returns:
+        the copy, in eval mode, and the history of its training.
+    """
+    student = copy.deepcopy(model).requires_grad_(True)
+
+    def loss_of(images, labels):
+        return F.cross_entropy(student(images), labels)
+
+    history = train(student, batches, loss_of, device, title=title, **training)
+    return student.eval(), history
 
 
 def set_training_mode(model, dropout: bool) -> None:
