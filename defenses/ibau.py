@@ -5,6 +5,7 @@ the true labels of perturbed images, and accounts for how d would respond to the
 """
 
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,9 @@ def worst_perturbation(model, batches, device, precision) -> torch.Tensor:
     perturbation = torch.zeros(batches.image_shape, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([perturbation], INNER_LR)
     for images, _ in batches:
-        with autocast(device, precision):
-            with torch.no_grad():
-                predicted = model(images).argmax(1)
-            loss = _inner_loss(model, images, predicted, perturbation)
+        with torch.no_grad(), autocast(device, precision):
+            predicted = model(images).argmax(1)
+        loss = _inner_loss(model, images, predicted, precision, perturbation)
         (perturbation.grad,) = torch.autograd.grad(loss, perturbation)
         optimizer.step()
     perturbation = perturbation.detach()
@@ -82,7 +82,7 @@ def defend(context: DefenseContext, *, epochs, lr, precision) -> DefenseResult:
         for epoch in range(1, epochs + 1):
             start, total_loss = time.perf_counter(), torch.zeros((), device=device)
             perturbation = worst_perturbation(student, batches, device, precision)
-            inner_images, inner_labels = next(iter(batches))
+            inner_loss = partial(_inner_loss, student, *next(iter(batches)), precision)
             for images, labels in batches:
                 losses = []
 
@@ -92,10 +92,6 @@ def defend(context: DefenseContext, *, epochs, lr, precision) -> DefenseResult:
                         logits = student(torch.cat([images[:count] + d, images[count:]]))
                         losses.append(F.cross_entropy(logits, labels))
                     return losses[-1]
-
-                def inner_loss(d, images=inner_images, labels=inner_labels):
-                    with autocast(device, precision):
-                        return _inner_loss(student, images, labels, d)
 
                 gradients = hypergradient(inner_loss, outer_loss, perturbation, weights, CONTRACTION, ITERATIONS)
                 for weight, gradient in zip(weights, gradients, strict=True):
@@ -109,6 +105,7 @@ def defend(context: DefenseContext, *, epochs, lr, precision) -> DefenseResult:
     return DefenseResult(student, history)
 
 
-def _inner_loss(model, images, labels, perturbation):
+def _inner_loss(model, images, labels, precision, perturbation):
     """-CE of the perturbed images, and the penalty on the perturbation's norm."""
-    return INNER_PENALTY * perturbation.square().sum() - F.cross_entropy(model(images + perturbation), labels)
+    with autocast(images.device, precision):
+        return INNER_PENALTY * perturbation.square().sum() - F.cross_entropy(model(images + perturbation), labels)
