@@ -26,12 +26,11 @@ def sharpest_offsets(weights: list[torch.Tensor], gradients: list[torch.Tensor],
 @contextmanager
 def frozen_bn_stats(model):
     """Keep batch norm's running statistics: those of the perturbed weights are not the model's."""
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
+    momenta = {layer: layer.momentum for layer in model.modules() if isinstance(layer, _BatchNorm)}
+    for layer in momenta:
         layer.momentum = 0.0
     yield
-    for layer, momentum in zip(layers, momenta, strict=True):
+    for layer, momentum in momenta.items():
         layer.momentum = momentum
 
 
