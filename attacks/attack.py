@@ -6,18 +6,9 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from attacks import triggers
 from attacks.blended import blend_picture, own_picture, random_mask
 from attacks.label_consistent import adversarial_noise
-from attacks.triggers import (
-    blend_trigger,
-    center_trigger,
-    four_corner_trigger,
-    grid_trigger,
-    image_trigger,
-    patch_trigger,
-    signal_trigger,
-    square_trigger,
-)
 from attacks.trojan import trojan_patch
 from attacks.wanet import wanet_noise, wanet_trigger, warping_grid
 from utils.errors import UserError
@@ -62,22 +53,22 @@ BLOCK = {"trig_w": int, "trig_h": int}
 # To add a trigger: write its function in a file of this folder, add one entry here, and add one line with its values to
 # config.ATTACKS.
 TRIGGERS = {
-    "gridTrigger": TriggerSpec(grid_trigger),
-    "squareTrigger": TriggerSpec(square_trigger, BLOCK),
-    "fourCornerTrigger": TriggerSpec(four_corner_trigger),
-    "centerTrigger": TriggerSpec(center_trigger),
-    "randomPixelTrigger": TriggerSpec(blend_trigger, {"opacity": float}, {"picture": MASK}, random_mask),
+    "gridTrigger": TriggerSpec(triggers.grid_trigger),
+    "squareTrigger": TriggerSpec(triggers.square_trigger, BLOCK),
+    "fourCornerTrigger": TriggerSpec(triggers.four_corner_trigger),
+    "centerTrigger": TriggerSpec(triggers.center_trigger),
+    "randomPixelTrigger": TriggerSpec(triggers.blend_trigger, {"opacity": float}, {"picture": MASK}, random_mask),
     "blendTrigger": TriggerSpec(
-        blend_trigger, {"opacity": float}, {"picture": PICTURE}, blend_picture, ("trigger_image",)
+        triggers.blend_trigger, {"opacity": float}, {"picture": PICTURE}, blend_picture, ("trigger_image",)
     ),
-    "imageTrigger": TriggerSpec(image_trigger, {}, {"picture": OVERLAY}, own_picture, ("trigger_image",)),
-    "trojanTrigger": TriggerSpec(patch_trigger, {}, {"patch": PICTURE}, trojan_patch, ("surrogate", *BLOCK)),
+    "imageTrigger": TriggerSpec(triggers.image_trigger, {}, {"picture": OVERLAY}, own_picture, ("trigger_image",)),
+    "trojanTrigger": TriggerSpec(triggers.patch_trigger, {}, {"patch": PICTURE}, trojan_patch, ("surrogate", *BLOCK)),
     # SIG and the label-consistent attack are clean-label attacks: with other labels, they are a blend and a patch.
     "signalTrigger": TriggerSpec(
-        signal_trigger, {"delta": float}, training={"train_delta": float}, target_types=("cleanLabel",)
+        triggers.signal_trigger, {"delta": float}, training={"train_delta": float}, target_types=("cleanLabel",)
     ),
     "clTrigger": TriggerSpec(
-        four_corner_trigger, training={"epsilon": int}, perturb=adversarial_noise, target_types=("cleanLabel",)
+        triggers.four_corner_trigger, training={"epsilon": int}, perturb=adversarial_noise, target_types=("cleanLabel",)
     ),
     "wanetTrigger": TriggerSpec(
         wanet_trigger,
