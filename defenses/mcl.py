@@ -95,32 +95,21 @@ def defend(
     has_few = context.image_count < FEW_IMAGES
     if positive == "finetuned" or (positive == "auto" and not has_few):
         with context.clock("finetune"):
-            settings = {"mirror": mirror, "epochs": finetune_epochs, "lr": finetune_lr, **sgd}
-            positive_model = clean_finetune(context.victim, context.train_batches, context.device, **settings)
+            schedule = {"mirror": mirror, "epochs": finetune_epochs, "lr": finetune_lr, **sgd}
+            positive_model = clean_finetune(context.victim, context.train_batches, context.device, **schedule)
     mirror_features = mirror and mirror_similarity(context.victim, context.plain_batches) >= MIRROR_SIMILARITY
     budget = inversion_steps, inversion_batches, sgd["precision"]
     trigger = context.invert(inversion_rounds, *budget)
     patterns, batches = context.training_patterns(trigger), context.train_batches
     if has_few and context.augmented:
         batches = CutMixBatches(batches, context.target, generator(context.seed, "cutmix"))
+    settings = {"temperature": temperature, "align_weight": 2 * align_weight if has_few else align_weight}
+    settings |= {"contrast": contrast != "none", "target": context.target if contrast == "others" else None}
+    settings |= {"mirror": mirror_features, "lr": lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5)}
+    settings |= {"epochs": epochs, "monitor": context.monitor, **sgd}
     for _ in range(rounds):
         with context.clock("purify"):
-            student, history = train_student_gently(
-                context,
-                positive_model,
-                patterns,
-                batches,
-                trigger,
-                temperature=temperature,
-                align_weight=2 * align_weight if has_few else align_weight,
-                mirror=mirror_features,
-                target=context.target if contrast == "others" else None,
-                contrast=contrast != "none",
-                epochs=epochs,
-                lr=lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5),
-                monitor=context.monitor,
-                **sgd,
-            )
+            student, history = train_student_gently(context, positive_model, patterns, batches, trigger, **settings)
             directions = trigger_directions(context.victim, patterns, context.plain_batches, context.target)
             make_blind(student, directions, context.train_batches)
             if calibration == "bias":
