@@ -99,28 +99,18 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     state = run.read(poisoned)
     if state:
         load_weights(model, state["state_dict"], run.path, opt.arch)
-    monitor = save = None
+    settings = {name: getattr(opt, name) for name in [*config.TRAINING, "precision"] if name != "batch_size"}
+    settings |= {"generators": [batches.rng], "resume": state and state["training"]}
     if processes.is_main:
         log = open_tensorboard(os.path.dirname(run.path)) if opt.tensorboard else None
-        monitor = make_monitor(monitor_set, attack, opt.print_freq, log)
+        settings["monitor"] = make_monitor(monitor_set, attack, opt.print_freq, log)
+        settings["save"] = partial(run.save, model, poisoned=poisoned, **metadata)
 
-        def save(training):
-            run.save(model, training, poisoned, **metadata)
+    def loss_of(images, labels):
+        return F.cross_entropy(network(images), labels)
 
     try:
-        history = train(
-            model,
-            batches,
-            lambda images, labels: F.cross_entropy(network(images), labels),
-            device,
-            **{name: getattr(opt, name) for name in config.TRAINING if name != "batch_size"},
-            precision=opt.precision,
-            title="victim",
-            monitor=monitor,
-            generators=[batches.rng],
-            resume=state and state["training"],
-            save=save,
-        )
+        history = train(model, batches, loss_of, device, title="victim", **settings)
     except RunError as error:
         raise RunError(f"{error}; {run.recovery_hint}" if processes.is_main else str(error)) from None
     return model, history, metadata
