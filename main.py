@@ -252,9 +252,8 @@ def load_reference(opt, num_class, size, device):
     path = opt.retune_reference or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
     if path == "none" or (not opt.retune_reference and not os.path.isfile(path)):
         return None
-    return load_clean_model(
-        path, num_class, get_normalization(opt), device, opt.arch, size, "pass another --retune_reference"
-    )
+    hint = "pass another --retune_reference"
+    return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, size, hint)
 
 
 def measure_retuned(models, batches, test, attack, device) -> dict:

@@ -103,9 +103,8 @@ def write_comparison(folder: str, rows: list[dict]) -> None:
     write_csv(os.path.join(folder, "comparison.csv"), rows)
     tables = comparison_tables(rows, "**{}**".format)
     parts = [f"{title}\n\n{markdown_table(header, cells)}\n" for title, header, cells in tables]
-    write_text(
-        os.path.join(folder, "comparison.md"), "\n".join(parts + [f"{note}\n" for note in _notes(rows, "Bold:")])
-    )
+    parts += [f"{note}\n" for note in _notes(rows, "Bold:")]
+    write_text(os.path.join(folder, "comparison.md"), "\n".join(parts))
 
 
 def _by_victim(rows):
