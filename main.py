@@ -207,8 +207,7 @@ def label_to_defend(opt, victim, split, num_class, device, clock):
     with clock("detect"):
         settings = num_class, device, opt.seed, vars(opt), opt.precision
         target, scores, reason = find_target(victim, split.search, *settings)
-    print(text_table(*search_rows([score.metadata() for score in scores])))
-    print(reason)
+    print(text_table(*search_rows([score.metadata() for score in scores])), reason, sep="\n")
     return target, scores
 
 
