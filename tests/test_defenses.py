@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_weights, sgd_step_by_hand, state_vector
+from conftest import FixedBatches, assert_weights, sgd_step_by_hand, state_vector
 
 import config
 from defenses import DEFENSE_FUNCTIONS, fst, ft, ftsam, nad, nc, pam
@@ -46,7 +46,7 @@ def student_of(victim):
 
 def run_one_step(name, make_context, batch, **changes):
     """The result of a defense after one step of plain SGD on one batch."""
-    context = make_context(train_batches=[batch])
+    context = make_context(train_batches=FixedBatches([batch]))
     return DEFENSE_FUNCTIONS[name](context, **{**RECIPES[name], **ONE_STEP, **changes})
 
 
