@@ -92,7 +92,7 @@ class CleanSplit(NamedTuple):
     """The defender's data. The three kinds of batches draw from generators of their own.
 
     train: batches of the clean split, augmented if the options ask for it; an epoch has EPOCH_IMAGES images or more.
-    plain: the same images without augmentation, once an epoch.
+    plain: the same images without augmentation, once an epoch, but for a last batch that is not full.
     search: the same again, for the target search.
     index: (n,) positions of the split in the training set.
     monitor_set: up to 1,000 other training images, for the history alone.

@@ -100,6 +100,13 @@ def test_ema_averages_the_statistics_of_batch_norm_too():
     assert model.running_mean.item() == pytest.approx(0.75 * 2 + 0.25 * 6)
 
 
+def test_ema_does_not_average_integers():
+    model, positions = Scalar(), torch.arange(5_000)
+    model.register_buffer("positions", positions.clone())
+    run(model, [(torch.tensor(1.0), None)] * 3, ema=0.95)
+    assert torch.equal(model.positions, positions)
+
+
 def test_history_has_a_row_per_epoch_with_the_monitored_metrics():
     model = Scalar()
     history = run(model, [(torch.tensor(1.0), None)], epochs=3, monitor=lambda model, epoch: {"acc": float(epoch)})

@@ -103,7 +103,7 @@ def train(
     steps = epochs * len(batches)
     optimizer = OPTIMIZERS[optimizer](model.parameters(), lr, momentum, weight_decay)
     scheduler = SCHEDULES[schedule](optimizer, lr, steps)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    average = AveragedModel(model, multi_avg_fn=_moving_average(ema), use_buffers=True) if ema else None
     components = {"optimizer": optimizer, "scheduler": scheduler} | ({"average": average} if average else {})
     history = _restore(resume, components, generators, epochs) if resume else []
     with progress_bar(title, steps, "batch") as bar:
@@ -180,6 +180,16 @@ def log_epoch(bar, title, row, epochs):
     metrics = "".join(f"  {name} {value:>6}" for name, value in measured.items())
     progress = f"{title:<9} epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.5f}  loss {row['loss']:8.4f}"
     bar.write(f"{progress}  {row['seconds']:6.1f} s{metrics}")
+
+
+def _moving_average(decay):
+    """For AveragedModel: the moving average of floats; integers, as of the positions in a Swin, stay what they are."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averages, values, count):
+        average(averages, values, count) if averages[0].is_floating_point() else torch._foreach_copy_(averages, values)
+
+    return update
 
 
 def _loss_under_autocast(device, precision, loss_of, images, labels):
