@@ -164,7 +164,7 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=cli.int64, help="seed of poisoning, clean split, weights, batches and inversion")
     add("--device", choices=["auto", "cuda", "cpu"], help="auto: CUDA if available")
-    add("--precision", choices=["auto", "fp32", "bf16"], help="of training; auto: bf16 where it is fast")
+    add("--precision", choices=["auto", "fp32", "bf16"], help="of all but the evaluation; auto: bf16 where it is fast")
     add("--print_freq", type=cli.count, help="measure ACC and ASR every so many epochs of training; 0: never")
     add("--tensorboard", action="store_true", help="also log these measurements for TensorBoard")
     if not training:
