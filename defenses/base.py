@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger, shifted_patterns
+from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger, invert_warp, shifted_patterns
 from utils.progress import Stopwatch
 from utils.seed import generator
 from utils.training import train
@@ -50,13 +50,20 @@ class DefenseContext(NamedTuple):
         with self.clock("inversion"):
             return find_trigger(self.victim, self.plain_batches, self.target, self.device, self.seed, *budget)
 
-    def remaining_trigger(self, student, steps: int, batches_per_step: int, precision: str) -> InvertedTrigger | None:
-        """A pattern of few pixels that the student still answers to with the target label, or None."""
-        rng, budget = generator(self.seed, "remaining"), (REMAINING_ROUNDS, steps, batches_per_step, precision)
+    def remaining_trigger(self, student, trigger: InvertedTrigger, *budget) -> InvertedTrigger | None:
+        """A pattern that the student still answers to with the target label, or None.
+
+        Of few pixels, or a warp if the victim's trigger is one: a student can only be trained on patterns of one kind.
+
+        Args:
+            budget: steps, batches a step and precision of the inversion.
+        """
+        is_warp, rng = len(trigger.pattern) == 2, generator(self.seed, "remaining")
         with self.clock("inversion"):
             frozen = copy.deepcopy(student).requires_grad_(False)
-            found = invert_trigger(frozen, self.plain_batches, self.target, self.device, rng, *budget)
-        if found is None or found.pixels > MAX_REMAINING * found.pattern[0].numel():
+            settings = frozen, self.plain_batches, self.target, self.device, rng
+            found = invert_warp(*settings, *budget) if is_warp else invert_trigger(*settings, REMAINING_ROUNDS, *budget)
+        if found is None or (not is_warp and found.pixels > MAX_REMAINING * found.pattern[0].numel()):
             return None
         print(f"the student still answers to a pattern: {found.describe()}, hit rate {found.hit_rate:.1%}")
         return found

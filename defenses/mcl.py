@@ -114,7 +114,7 @@ def defend(
             make_blind(student, directions, context.train_batches)
             if calibration == "bias":
                 calibrate(student, patterns, context.plain_batches, context.target, variance=0.1 if has_few else 1.0)
-        remaining = context.remaining_trigger(student, *budget) if rounds > 1 else None
+        remaining = context.remaining_trigger(student, trigger, *budget) if rounds > 1 else None
         if remaining is None:
             break
         patterns = torch.cat([patterns, context.training_patterns(remaining, student)])

@@ -1,5 +1,6 @@
 """What a DefenseContext hands to the inversion, what that passes on, and how its result is measured."""
 
+import pytest
 import torch
 from conftest import state_vector
 from test_defenses import ONE_STEP, RECIPES
@@ -23,14 +24,17 @@ def test_nc_inverts_with_its_own_budget_and_returns_the_trigger(make_context, ba
     assert given == [(context.victim, batches, 1, CPU, 0, 2, 3, 4, "bf16")]
 
 
-def test_a_student_is_inverted_with_the_images_and_the_label_of_its_victim(make_context, victim, batches, monkeypatch):
-    given = []
-    monkeypatch.setattr("defenses.base.invert_trigger", lambda *args: given.append(args))
-    assert make_context(seed=3, target=2).remaining_trigger(victim, 5, 6, "bf16") is None
-    ((student, *rest, rng, rounds, steps, batches_per_step, precision),) = given
+@pytest.mark.parametrize("is_warp", [False, True])
+def test_a_student_is_inverted_like_its_victim(make_context, victim, batches, trigger, is_warp, monkeypatch):
+    given, warp = [], InvertedTrigger(torch.full((2, 8, 8), 0.1), 1.0)
+    monkeypatch.setattr("defenses.base.invert_trigger", lambda *args: given.append(("pixels", *args)))
+    monkeypatch.setattr("defenses.base.invert_warp", lambda *args: given.append(("warp", *args)) or warp)
+    known = warp if is_warp else trigger
+    assert make_context(seed=3, target=2).remaining_trigger(victim, known, 5, 6, "bf16") is (warp if is_warp else None)
+    ((form, student, inverted_on, label, device, rng, *budget),) = given
     assert torch.equal(state_vector(student), state_vector(victim))
-    assert rest == [batches, 2, CPU]
-    assert (rounds, steps, batches_per_step, precision) == (REMAINING_ROUNDS, 5, 6, "bf16")
+    assert (inverted_on, label, device) == (batches, 2, CPU)
+    assert [form, *budget] == (["warp", 5, 6, "bf16"] if is_warp else ["pixels", REMAINING_ROUNDS, 5, 6, "bf16"])
     assert rng.initial_seed() == generator(3, "remaining").initial_seed()
 
 

@@ -37,12 +37,20 @@ def test_a_student_that_answers_to_another_pattern_is_made_anew(make_context, tr
     assert all(parameter.requires_grad for parameter in result.student.parameters())
 
 
+def test_a_student_of_a_warp_is_inverted_for_a_warp(make_context, trigger, monkeypatch):
+    warp = InvertedTrigger(torch.full((2, 8, 8), 0.1), 1.0)
+    monkeypatch.setattr("defenses.base.find_trigger", lambda *_: warp)
+    monkeypatch.setattr("defenses.base.invert_warp", lambda *_: warp)
+    monkeypatch.setattr("defenses.base.invert_trigger", lambda *_: trigger)
+    assert mcl.defend(make_context(), **{**RECIPE, **TRAINING, "rounds": 2}).trigger is warp
+
+
 def test_a_large_pattern_of_the_student_is_no_rest_of_the_backdoor(make_context, victim, trigger, monkeypatch):
     monkeypatch.setattr("defenses.base.invert_trigger", lambda *_: trigger)
     monkeypatch.setattr("defenses.base.MAX_REMAINING", 4 / 64)
-    assert make_context().remaining_trigger(victim, 1, 1, "fp32") is trigger
+    assert make_context().remaining_trigger(victim, trigger, 1, 1, "fp32") is trigger
     monkeypatch.setattr("defenses.base.MAX_REMAINING", 3 / 64)
-    assert make_context().remaining_trigger(victim, 1, 1, "fp32") is None
+    assert make_context().remaining_trigger(victim, trigger, 1, 1, "fp32") is None
 
 
 @pytest.mark.parametrize(("similarity", "averaged"), [(0.81, True), (0.79, False)])
