@@ -5,6 +5,7 @@
 
 Two processes may work on one folder. A search that has changed needs a new table. Half of the networks are to choose
 settings on, the other half to report on. Label, poison rate, data set, network and seed of each are drawn at random.
+The rows "first-..." of the table are of an earlier population, with other draws and shorter trainings on the shapes.
 """
 
 import argparse
@@ -243,7 +244,7 @@ def main():
     with open(TABLE, "w", newline="") as file:
         writer = csv.DictWriter(file, next(iter(rows.values())), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows[name] for name in members if name in rows)
+        writer.writerows(rows[name] for name in dict.fromkeys([*members, *rows]) if name in rows)
     print_summary([*rows.values()])
 
 

@@ -19,12 +19,12 @@ from defenses.inversion import (
 from defenses.inversion import scores as scores_module
 from defenses.inversion.objective import hits_and_losses
 from defenses.inversion.patterns import PixelForm, WarpForm
-from defenses.inversion.scores import LabelScore, anomaly_indices
+from defenses.inversion.scores import CLEAN_SIZES, LabelScore, anomaly_indices
 from defenses.inversion.target_search import _score, promising, search_form
 
 CPU = torch.device("cpu")
 SMALL = LabelScore(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
-EVIDENCE = ": so small a pattern was found in none of 16 clean networks"
+EVIDENCE = f": so small a pattern was found in none of {len(CLEAN_SIZES)} clean networks"
 
 
 def test_anomaly_index_by_hand():
