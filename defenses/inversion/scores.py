@@ -18,8 +18,8 @@ MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, {PixelForm.name: 0.015, Warp
 MAX_SUSPECT_AREA = 0.015
 # Of each clean network of docs/population.csv, the smallest pattern or warp that works, in percent of the range.
 CLEAN_SIZES = (
-    1.98, 2.17, 2.17, 2.18, 2.20, 2.21, 2.28, 2.32, 2.40, 2.43, 2.53, 2.60, 2.75, 2.85, 2.88, 3.15, 3.15, 3.56,
-    3.63, 3.68, 3.73, 3.81, 4.05, 4.27, 4.35, 6.36, 6.72, 9.42,
+    1.46, 1.98, 2.17, 2.17, 2.18, 2.20, 2.21, 2.28, 2.32, 2.40, 2.43, 2.53, 2.60, 2.75, 2.85, 2.88, 3.15, 3.15,
+    3.56, 3.63, 3.68, 3.73, 3.81, 4.05, 4.05, 4.27, 4.35, 6.36, 6.72, 9.42,
 )  # fmt: skip
 MAX_RUNNER_UP = 2 / 3  # where waves work for several labels, it is because they resemble the classes' own patterns
 MAD_TO_SD = 1.4826  # of a normal distribution
@@ -66,7 +66,7 @@ class LabelScore:
     def clean_networks(self) -> int | None:
         """How many of the networks of CLEAN_SIZES have a pattern as small as this; None for a wave.
 
-        A new clean network of their kind has one as small with a probability of at most (n + 1) / (28 + 1).
+        A new clean network of their kind has one as small with a probability of at most (n + 1) / (30 + 1).
         """
         return None if self.form == "wave" else sum(size <= 100 * self.of_range for size in CLEAN_SIZES)
 
