@@ -16,7 +16,7 @@ RUN = {
     "target_label": 5,  # the attacker's label
     "seed": 1,  # fixes poisoning, clean split, weights, batches and inversion
     "device": "auto",  # CUDA if available
-    "precision": "fp32",  # of training; evaluation is always fp32
+    "precision": "fp32",  # of all but the evaluation
     "print_freq": 1,  # epochs between two measurements of ACC and ASR during training; 0: none
     "checkpoint_root": "weight",
     "log_root": "results",

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from defenses.base import DefenseContext, DefenseResult
-from defenses.ft import finetune
-from utils.training import train
+from utils.training import finetune, train
 
 WEIGHTS = (500.0, 1000.0, 1000.0)  # b_l, of the outputs of the last three groups of blocks
 

@@ -144,13 +144,12 @@ def remove_backdoors(name: str, context: DefenseContext, options: dict, search_b
     student, history, triggers = None, [], {}
     while True:
         try:
-            result = run_defense(name, context, options, precision)
+            student, rows, trigger = run_defense(name, context, options, precision)
         except RunError as error:
             if student is None:
                 raise
             print(f"the further backdoor was not removed: {error}")
             return student, history, triggers
-        student, rows, trigger = result
         history += [{**row, "epoch": row["epoch"] + len(history)} for row in rows]
         triggers |= {} if trigger is None else {context.target: trigger}
         if not options.get("verify"):

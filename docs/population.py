@@ -176,7 +176,7 @@ def examine(member, folder, device) -> dict:
     row |= {"found": found, "scores": [score.metadata() for score in scores]}
     if found in backdoors:
         student, _, _ = defend(defender, victim, split, found, 10, device, Stopwatch(), None)
-        attack, test = tests[[*backdoors].index(found)]
+        attack, test = dict(zip(backdoors, tests, strict=True))[found]
         row["after"] = evaluate(student, test, attack)
     return row
 

@@ -67,16 +67,16 @@ class Classifier(nn.Module):
             UserError: the network fails on them, returns no (B, num_class) logits, or has no such layer at its end.
         """
         was_training, images = self.training, torch.zeros(2, 3, *size, device=next(self.parameters()).device)
-        try:
-            logits, runs = self._probe(images)
-        except Exception:  # noqa: BLE001 - the code of others can raise anything
-            # A network that calls x.view(len(x), -1) needs the plain layout.
-            self.memory_format = torch.contiguous_format
-            self.to(memory_format=self.memory_format)
+        for layout in (torch.channels_last, torch.contiguous_format):  # x.view(len(x), -1) needs the latter
+            self.memory_format = layout
+            self.to(memory_format=layout)
             try:
                 logits, runs = self._probe(images)
-            except Exception as error:  # noqa: BLE001
-                raise UserError(f"{name} fails on images of {size[0]}x{size[1]} pixels: {_reason(error)}") from None
+                break
+            except Exception as error:  # noqa: BLE001 - the code of others can raise anything
+                reason = _reason(error)
+        else:
+            raise UserError(f"{name} fails on images of {size[0]}x{size[1]} pixels: {reason}")
         self.train(was_training)
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         if len(shape) != 2 or shape != (2, num_class or shape[1]):
