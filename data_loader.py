@@ -114,6 +114,8 @@ def load_images(opt, split: str) -> ImageSet:
     data = read_dataset(opt.dataset, split, opt.data_root, opt.image_size)
     if opt.num_class is not None and opt.num_class < len(data.classes):
         raise UserError(f"{opt.dataset} has {len(data.classes)} classes; --num_class {opt.num_class} is too small")
+    if len(data.classes) < 2:
+        raise UserError(f"{opt.data_root} has one class: the images belong in {split}/<class>/")
     return data
 
 
@@ -152,7 +154,7 @@ def get_clean_split(opt, train_set: ImageSet, attack: Attack, device) -> CleanSp
     """Draw the defender's clean split and make its batches."""
     split, unused = _draw_clean_images(opt, train_set)
     index = unused if len(unused) else split.index
-    index = index[evenly_spaced(len(index), MONITOR_IMAGES)]
+    index = index[sample_positions(len(index), MONITOR_IMAGES)]
     monitor_set = get_eval_set(train_set.images[index], train_set.labels[index], attack, device)
     augment = opt.augment == "crop_flip"
     batches = defender_batches(split, opt.batch_size, augment, opt.dataset in MIRRORED, opt.seed, device)
@@ -188,16 +190,18 @@ def get_retuning_batches(opt, train_set: ImageSet, attack: Attack, device) -> di
     return batches
 
 
-def evenly_spaced(total: int, limit: int) -> torch.Tensor:
-    """(n,) int64 positions, up to `limit`, evenly spaced in `total` images, which may be sorted by class."""
-    count = min(total, limit)
-    return torch.arange(count) * total // count
+def sample_positions(total: int, limit: int) -> torch.Tensor:
+    """(n,) int64 rising positions of `total` images: all, or `limit` of them, the same random ones in every run.
+
+    Even spacing would take images of one class from a data set whose classes take turns.
+    """
+    return torch.randperm(total, generator=generator(0, "sample"))[:limit].sort().values
 
 
 def get_eval_set(images, labels, attack: Attack, device, limit: int | None = None) -> EvalSet:
-    """Clean and triggered batches of the same images: of all, or of up to `limit` that are evenly spaced."""
+    """Clean and triggered batches of the same images: of all, or of `limit` random ones, always the same."""
     if limit is not None:
-        index = evenly_spaced(len(labels), limit)
+        index = sample_positions(len(labels), limit)
         images, labels = images[index], labels[index]
     clean, triggered = TensorImages(images, labels), DatasetBD(images, labels, attack, "test")
     return EvalSet(Batches(clean, EVAL_BATCH, device), Batches(triggered, EVAL_BATCH, device), labels)

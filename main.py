@@ -25,7 +25,7 @@ from data_loader import get_clean_split, get_eval_set, get_normalization, get_re
 from defenses import MAX_HIT_RATE, DefenseContext, find_target, remove_backdoors
 from defenses.inversion import ANY_OTHER, label_name
 from models.loading import load_classifier, load_clean_model
-from utils.checkpoint import find_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import check_data, find_weights, read_checkpoint, save_checkpoint
 from utils.cli import is_comparison, listed
 from utils.datasets import MIRRORED
 from utils.device import keep_freed_memory, pick_device, pick_precision
@@ -185,19 +185,17 @@ def load_victim(opt, explicit, test_set, device):
     num_class = used.num_class = used.num_class or classes
     if num_class < classes:
         raise UserError(f"{opt.dataset} has {classes} classes, but {opt.model} was trained on {num_class}")
-    size = checkpoint.get("image_size", test_set.size[0])
-    if size != test_set.size[0]:
-        raise UserError(f"{opt.model} was trained on images of {size} pixels a side, these have {test_set.size[0]}")
+    check_data(checkpoint, opt.model, test_set.size, opt.dataset)
     if checkpoint.get("attack") is not None:
         attack = Attack.from_state(checkpoint["attack"], num_class, test_set.images[:1])
     elif explicit & ATTACK_OPTIONS:
         attack = build_attack(opt, num_class, test_set.size)
     else:
         attack = UnknownAttack(num_class)
-    model, metadata = load_classifier(
-        checkpoint, opt.model, used.arch, num_class, get_normalization(opt), device, test_set.size
-    )
-    return model, attack, used, {**metadata, "dataset": opt.dataset, "image_size": size, "attack": attack.state()}
+    data = num_class, get_normalization(opt), device, test_set.size
+    model, metadata = load_classifier(checkpoint, opt.model, used.arch, *data)
+    metadata |= {"dataset": opt.dataset, "image_size": test_set.size[0], "attack": attack.state()}
+    return model, attack, used, metadata
 
 
 def label_to_defend(opt, victim, split, num_class, device, clock):

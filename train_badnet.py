@@ -72,8 +72,8 @@ def main():
     # Report: on every test image, clean and triggered.
     with clock("evaluate"):
         metrics = evaluate(model, test, attack)
-    print(metrics_table(test_set.classes, metrics))
     save_checkpoint(weights, model, **metadata, metrics=metrics)
+    print(metrics_table(test_set.classes, metrics))
     sample = get_eval_set(test_set.images, test_set.labels, attack, device, SAMPLE_SIZE)
     output = {"classes": test_set.classes, "sample": sample, "attack": attack, "models": {"before": model}}
     output |= {"history": history, "options": vars(opt), "device": device, "clock": clock}
@@ -96,7 +96,7 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     metadata = {"arch": opt.arch, "num_class": attack.num_class, "dataset": opt.dataset, "normalization": normalization}
     metadata |= {"image_size": batches.image_shape[1], "attack": attack.state()}
     network = processes.wrap(model)
-    state = run.read(poisoned)
+    state = run.read(poisoned, attack.tensors)
     if state:
         load_weights(model, state["state_dict"], run.path, opt.arch)
     settings = {name: getattr(opt, name) for name in [*config.TRAINING, "precision"] if name != "batch_size"}
@@ -126,7 +126,8 @@ def load_surrogate(opt, num_class, size, device):
     if "surrogate" not in spec.build_options and not (spec.perturb and opt.inject_portion > 0):
         return None
     path = opt.surrogate or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
-    hint = f"train one: python train_badnet.py --dataset {opt.dataset} --inject_portion 0 --name WRN-16-1-clean"
+    options = f"--dataset {opt.dataset}" + (f" --image_size {size[0]}" if opt.dataset in ("GTSRB", "folder") else "")
+    hint = f"train one: python train_badnet.py {options} --inject_portion 0 --name WRN-16-1-clean"
     return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, size, hint)
 
 
@@ -140,6 +141,8 @@ def check_output(opt, is_main_process):
         check_writable(results, "history.csv", "metrics.json", "report.html")
         if os.path.exists(weights) and not opt.resume:
             print(f"{weights} is replaced when this training ends; keep it with another --name")
+        elif os.path.exists(os.path.join(results, "metrics.json")) and not opt.resume:
+            print(f"{results} holds another run, which this one replaces; keep it with another --name")
     return weights, results
 
 

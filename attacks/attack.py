@@ -233,7 +233,7 @@ class Attack:
             attack = cls(**state)
             if type(attack.target_label) is not int:
                 raise UserError(f"its target label must be an integer, not {attack.target_label!r}")
-            if num_class not in (None, attack.num_class):
+            if type(attack.num_class) is not int or num_class not in (None, attack.num_class):
                 raise UserError(f"it is for {attack.num_class!r} classes, the model has {num_class}")
             if image is not None:
                 attack.stamp(image)

@@ -1,9 +1,9 @@
 """The pictures that blendTrigger, randomPixelTrigger and imageTrigger blend into the image."""
 
 import torch
-from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from utils.datasets import open_picture
 from utils.errors import UserError
 
 DISCS = 12  # in a drawn picture
@@ -27,7 +27,7 @@ def own_picture(size: tuple[int, int], rng: torch.Generator, trigger_image: str 
     """The file `trigger_image`, which has the size of the images: {"picture": (H, W, 4) uint8}, RGB and opacity.
 
     Raises:
-        UserError: there is no file, it cannot be read as an image, or it has another size.
+        UserError: there is no file, it cannot be read as an image, it has another size, or it covers all or nothing.
     """
     if trigger_image is None:
         raise UserError(
@@ -37,16 +37,17 @@ def own_picture(size: tuple[int, int], rng: torch.Generator, trigger_image: str 
     if picture.shape[:2] != size:
         found, expected = ("x".join(map(str, shape)) for shape in (picture.shape[:2], size))
         raise UserError(f"--trigger_image {trigger_image} has {found} pixels, but the images have {expected}")
+    if picture[..., 3].min() == 255 or picture[..., 3].max() == 0:
+        raise UserError(f"--trigger_image {trigger_image} covers all of an image, or nothing: give it an alpha channel")
     return {"picture": picture}
 
 
 def _read(path, mode, size=None):
     """A picture of PIL's `mode`, (H, W, channels) uint8, resized to (H, W) `size` if given."""
     try:
-        with Image.open(path) as file:
-            picture = file.convert(mode)
-            return pil_to_tensor(picture.resize(size[::-1]) if size else picture).permute(1, 2, 0).contiguous()
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        picture = open_picture(path, mode)
+        return pil_to_tensor(picture.resize(size[::-1]) if size else picture).permute(1, 2, 0).contiguous()
+    except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for a broken file
         raise UserError(f"--trigger_image {path} cannot be read as an image ({error})") from None
 
 

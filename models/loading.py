@@ -5,7 +5,7 @@ import os
 import torch
 
 from models.selector import Classifier, select_model
-from utils.checkpoint import check_fit, load_weights, read_checkpoint, recognise, runs_a_file
+from utils.checkpoint import check_data, check_fit, load_weights, read_checkpoint, recognise, runs_a_file
 from utils.errors import UserError
 
 
@@ -59,7 +59,7 @@ def load_clean_model(path: str, num_class: int, normalization, device, arch: str
         hint: how to train a clean model, for the error message.
 
     Raises:
-        UserError: no such file, another number of classes, or weights that do not fit.
+        UserError: no such file, another number of classes or image size, or weights that do not fit.
     """
     if not os.path.isfile(path):
         raise UserError(f"no clean model at {path}; {hint}")
@@ -67,6 +67,7 @@ def load_clean_model(path: str, num_class: int, normalization, device, arch: str
     found = checkpoint.get("num_class", num_class)
     if found != num_class:
         raise UserError(f"the clean model {path} has {found} classes, but the attack is for {num_class}")
+    check_data(checkpoint, path, size)
     arch = checkpoint.get("recognised", arch)
     return load_classifier(checkpoint, path, arch, num_class, normalization, device, size)[0]
 

@@ -9,7 +9,7 @@ import torch
 from conftest import METADATA, ROOT
 
 from models import select_model
-from utils.checkpoint import find_weights, load_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import check_data, find_weights, load_weights, read_checkpoint, save_checkpoint
 from utils.errors import RunError, UserError
 from utils.files import check_writable, write_csv, write_file, write_json
 
@@ -45,6 +45,23 @@ def test_metadata_of_other_code_is_ignored(model, tmp_path):
     path = str(tmp_path / "a.pth")
     torch.save({"state_dict": model.network.state_dict(), "arch": "resnet18", "attack": "badnet"}, path)
     assert read_checkpoint(path).keys() == {"state_dict", "recognised"}
+
+
+def test_images_that_a_checkpoint_was_not_trained_on_are_refused(model, tmp_path):
+    checkpoint = {"image_size": 32, "dataset": "CIFAR10"}
+    for data in (((32, 32),), ((32, 32), "CIFAR10"), ((32, 32), "folder")):
+        check_data(checkpoint, "a.pth", *data)
+    check_data({}, "a.pth", (64, 64), "CIFAR10")
+    check_data({"dataset": "folder"}, "a.pth", (64, 64), "CIFAR10")
+    with pytest.raises(UserError, match="a.pth was trained on images of 32 pixels a side, these have 64"):
+        check_data(checkpoint, "a.pth", (64, 64))
+    with pytest.raises(UserError, match="a.pth was trained on CIFAR10, not on shapes: pass --dataset"):
+        check_data(checkpoint, "a.pth", (32, 32), "shapes")
+    path = str(tmp_path / "a.pth")
+    for name, value, expected in (("image_size", torch.ones(2), "a number of pixels"), ("dataset", 3, "a name")):
+        save_checkpoint(path, model, **{**METADATA, name: value})
+        with pytest.raises(UserError, match=f"a.pth: its {name} is not {expected}"):
+            read_checkpoint(path)
 
 
 def test_trained_weights_take_precedence_over_shipped_ones(tmp_path):

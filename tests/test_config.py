@@ -1,5 +1,9 @@
 """The options: their defaults, the ones that are refused, and the errors."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import ROOT
@@ -48,7 +52,14 @@ from utils.errors import RunError, UserError, run_script
         (["--defense", "nc", "ft", "--rho", "1"], "--rho applies only with --defense ftsam or pam"),
         (["--resume"], "--resume applies only with several defenses, models or --seeds"),
         (["--seed", "1", "--seeds", "2"], "--seed applies only with one seed, without --seeds"),
-        (["--defense", "none", "--ratio", "0.1"], "--ratio applies only with a --defense other than none"),
+        (
+            ["--defense", "none", "--ratio", "0.1"],
+            "--ratio applies only with a --defense other than none, without --clean",
+        ),
+        (
+            ["--clean", "100", "--ratio", "0.1"],
+            "--ratio applies only with a --defense other than none, without --clean",
+        ),
     ],
 )
 def test_an_option_that_does_not_apply_is_one_line_and_exit_code_2(words, error, capsys):
@@ -159,6 +170,13 @@ def test_an_error_is_one_line_and_an_exit_code(error, code, message, capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(main, "go on")
     assert (ended.value.code, capsys.readouterr().err) == (code, f"error: {message}\n")
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run():
+    command = "from utils.errors import run_script; run_script(lambda: print('caf\\udce9', '\\u72d7'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    output = subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, env=environment, text=True)
+    assert output == "caf\\udce9 \\u72d7\n"
 
 
 def test_a_bug_keeps_its_traceback():

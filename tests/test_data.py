@@ -128,17 +128,19 @@ def test_a_number_of_clean_images_is_balanced(count, least):
         DatasetCL(torch.zeros(60, 2, 2, 3), labels, 0.05, generator(1, "split"), 61)
 
 
-def test_the_monitor_set_covers_a_data_set_that_is_sorted_by_class():
-    images, labels = torch.zeros(5000, 8, 8, 3, dtype=torch.uint8), torch.arange(5000) // 500
+@pytest.mark.parametrize("labels", [torch.arange(5000) // 500, torch.arange(5000) % 10])
+def test_the_monitor_set_covers_classes_in_any_order(labels):
+    images = torch.zeros(5000, 8, 8, 3, dtype=torch.uint8)
     train, attack = ImageSet(images, labels, list("0123456789")), Attack("gridTrigger", "all2one", 0, 10, 0.1)
     opt = options("--dataset", "shapes")
     opt.batch_size, opt.augment = 64, "none"
-    assert get_clean_split(opt, train, attack, "cpu").monitor_set.labels.bincount().min() > 90
+    assert get_clean_split(opt, train, attack, "cpu").monitor_set.labels.bincount().min() > 70
     searched, other = (get_clean_split(opt, train, attack, "cpu") for _ in range(2))
     list(searched.search)  # the target search has a generator of its own
     assert all(torch.equal(x[1], y[1]) for x, y in zip(searched.train, other.train, strict=True))
     opt.inject_portion = 0.1
-    assert get_backdoor_loader(opt, train, attack, "cpu")[1].labels.bincount().tolist() == [100] * 10
+    counts = get_backdoor_loader(opt, train, attack, "cpu")[1].labels.bincount()
+    assert (counts.sum(), counts.min() > 70) == (1_000, True)
     with pytest.raises(UserError, match="--batch_size 64 is not divisible by the 3 processes"):
         get_backdoor_loader(opt, train, attack, "cpu", processes=Processes(0, 3))
 
@@ -243,6 +245,13 @@ def test_a_folder_of_pictures(tmp_path):
     (tmp_path / "test" / "empty").mkdir()
     with pytest.raises(UserError, match="no valid file for the classes empty"):
         load_images(opt, "test")
+    (tmp_path / "train" / "class1" / "notes.txt").write_text("no picture")
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(tmp_path / "train" / "class1" / "9.gif")
+    assert len(load_images(opt, "train").labels) == len(data.labels) + 1
+    Image.new("F", (9, 9)).save(tmp_path / "train" / "class1" / "10.tiff")
+    with pytest.raises(UserError, match="1 of .* images cannot be read; .*10.tiff: a picture of 32-bit floats"):
+        load_images(opt, "train")
+    (tmp_path / "train" / "class1" / "10.tiff").unlink()
     with pytest.raises(UserError, match="--num_class 1 is too small"):
         load_images(argparse.Namespace(**{**vars(opt), "num_class": 1}), "train")
 
@@ -256,8 +265,15 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.fromarray(levels).save(tmp_path / split / "a" / "1.png")
         upright.save(tmp_path / split / "a" / "2.png", exif=exif)
-    data = load_images(options("--dataset", "folder", "--data_root", str(tmp_path), "--image_size", "2"), "train")
-    assert data.images[:, :, :, 0].tolist() == [[[0, 100], [200, 255]], [[40, 30], [20, 10]]]
+        (tmp_path / split / "b").mkdir()
+        upright.save(tmp_path / split / "b" / "1.png")
+    opt = options("--dataset", "folder", "--data_root", str(tmp_path), "--image_size", "2")
+    data = load_images(opt, "train")
+    assert data.images[:2][:, :, :, 0].tolist() == [[[0, 100], [200, 255]], [[40, 30], [20, 10]]]
+    for split in ("train", "test"):
+        (tmp_path / split / "a").rename(tmp_path / f"{split} a")
+    with pytest.raises(UserError, match="has one class: the images belong in train/<class>/"):
+        load_images(opt, "train")
 
 
 def test_missing_data_names_the_options_and_the_data_set_without_files(tmp_path, monkeypatch):

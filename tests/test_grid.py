@@ -11,6 +11,7 @@ from conftest import METADATA, ROOT
 
 from models import select_model
 from utils.checkpoint import save_checkpoint
+from utils.errors import UserError
 from utils.grid import deal_out, lock
 
 OPTIONS = "--dataset shapes --device cpu --clean 20 --print_freq 0 --defense ft --epochs 1 --schedule constant"
@@ -78,4 +79,7 @@ def test_a_name_is_had_by_one_process_at_a_time_and_by_the_next_if_that_dies(tmp
         assert not is_mine
     assert list(second) == []
     assert list(deal_out(str(tmp_path / "unused"), ["a", "b"], 1)) == ["a", "b"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot lock .*: File exists"), lock(str(tmp_path / "file" / ".a.lock")):
+        pass
     assert not (tmp_path / "unused").exists()

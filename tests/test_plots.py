@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from attacks import Attack
-from data_loader import evenly_spaced, get_eval_set
+from data_loader import get_eval_set, sample_positions
 from defenses.inversion import InvertedTrigger
 from models import select_model
 from utils.errors import RunError
@@ -176,11 +176,14 @@ def test_of_many_classes_those_that_changed_most_are_shown():
     assert plots.classes_to_show(torch.ones(2, 10), target=3) == [*range(10)]
 
 
-def test_a_sample_is_evenly_spaced():
-    assert evenly_spaced(5, plots.SAMPLE_SIZE).tolist() == [0, 1, 2, 3, 4]
-    index = evenly_spaced(10_000, plots.SAMPLE_SIZE)
-    assert len(index) == plots.SAMPLE_SIZE
-    assert set((index[1:] - index[:-1]).tolist()) == {14, 15}
+def test_a_sample_has_all_classes_in_any_order_of_them_and_is_always_the_same():
+    assert sample_positions(5, plots.SAMPLE_SIZE).tolist() == [0, 1, 2, 3, 4]
+    index = sample_positions(10_000, plots.SAMPLE_SIZE)
+    assert len(index.unique()) == plots.SAMPLE_SIZE
+    assert torch.equal(index, index.sort().values)
+    assert torch.equal(index, sample_positions(10_000, plots.SAMPLE_SIZE))
+    for classes in (index % 10, index // 1_000):  # classes that take turns, and classes in order
+        assert classes.bincount().min() > 0.7 * plots.SAMPLE_SIZE / 10
 
 
 def lightness(colour):

@@ -192,19 +192,24 @@ def test_the_state_of_another_training_is_refused():
 def test_a_run_resumes_from_its_own_state_only(tmp_path, capsys):
     options, poisoned, model = {"lr": 0.1, "seed": 1, "name": "a"}, torch.arange(3), select_model("WRN-10-1", 4)
     folder = str(tmp_path)
-    assert Resumable(folder, options, True).read(poisoned) is None
+    tensors = {"picture": torch.arange(4)}
+    assert Resumable(folder, options, True).read(poisoned, tensors) is None
     assert "starting from epoch 1" in capsys.readouterr().out
-    Resumable(folder, options, False).save(model, {"history": []}, poisoned, **METADATA)
-    assert Resumable(folder, {**options, "name": "b"}, True).read(poisoned)["training"] == {"history": []}
-    assert Resumable(folder, options, False).read(poisoned) is None
+    metadata = {**METADATA, "attack": {"tensors": tensors}}
+    Resumable(folder, options, False).save(model, {"history": []}, poisoned, **metadata)
+    assert Resumable(folder, {**options, "name": "b"}, True).read(poisoned, tensors)["training"] == {"history": []}
+    assert Resumable(folder, options, False).read(poisoned, tensors) is None
     assert "--resume continues that run" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"a run with --lr 0.1 \(not 0.2\), --seed 1 \(not 2\)"):
-        Resumable(folder, {"lr": 0.2, "seed": 2}, True).read(poisoned)
+        Resumable(folder, {"lr": 0.2, "seed": 2}, True).read(poisoned, tensors)
     with pytest.raises(UserError, match="other data"):
-        Resumable(folder, options, True).read(torch.arange(4))
+        Resumable(folder, options, True).read(torch.arange(4), tensors)
+    for other in ({}, {"picture": torch.arange(1, 5)}, {"picture": torch.arange(3)}, {"warp": torch.arange(4)}):
+        with pytest.raises(UserError, match="another trigger"):
+            Resumable(folder, options, True).read(poisoned, other)
     save_checkpoint(str(tmp_path / "resume.pt"), model)
     with pytest.raises(UserError, match="not the state of a training"):
-        Resumable(folder, options, True).read(poisoned)
+        Resumable(folder, options, True).read(poisoned, tensors)
     Resumable(folder, options, True).end()
     write_json(str(tmp_path / "metrics.json"), {"config": options})
     assert Resumable(folder, options, True).finished()
@@ -257,8 +262,12 @@ def test_ctrl_c_prints_the_command_to_resume(tmp_path, interrupted):
 def test_a_second_training_announces_what_it_replaces(tmp_path, capsys):
     folders = ("--checkpoint_root", tmp_path / "weight", "--log_root", tmp_path / "results")
     opt, _ = config.parse("train_badnet.py", ["--dataset", "shapes", *map(str, folders)])
-    weights, _ = train_badnet.check_output(opt, is_main_process=True)
+    weights, results = train_badnet.check_output(opt, is_main_process=True)
     assert not capsys.readouterr().out
+    os.makedirs(results)
+    write_json(os.path.join(results, "metrics.json"), {})  # of main.py, with the same name
+    train_badnet.check_output(opt, is_main_process=True)
+    assert f"{results} holds another run, which this one replaces" in capsys.readouterr().out
     os.makedirs(os.path.dirname(weights))
     with open(weights, "w"):
         pass

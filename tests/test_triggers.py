@@ -70,8 +70,11 @@ def test_a_picture_of_ones_own_is_the_trigger_if_it_has_the_size_of_the_images(t
     path, pixels = str(tmp_path / "a.png"), torch.randint(256, (*SIZE, 4), dtype=torch.uint8)
     Image.fromarray(pixels.numpy(), "RGBA").save(path)
     assert torch.equal(own_picture(SIZE, None, path)["picture"], pixels)
-    Image.fromarray(pixels.numpy()[..., :3]).save(path)  # without an alpha channel it is opaque
-    assert (own_picture(SIZE, None, path)["picture"][..., 3] == 255).all()
+    pixels[..., 3] = 0
+    for useless in (pixels[..., :3], pixels):  # opaque everywhere, or nowhere
+        Image.fromarray(useless.numpy()).save(str(tmp_path / "b.png"))
+        with pytest.raises(UserError, match="b.png covers all of an image, or nothing"):
+            own_picture(SIZE, None, str(tmp_path / "b.png"))
     with pytest.raises(UserError, match="a.png has 10x11 pixels, but the images have 11x10"):
         own_picture(SIZE[::-1], None, path)
     with pytest.raises(UserError, match="imageTrigger needs --trigger_image FILE.png"):
@@ -114,11 +117,16 @@ def test_a_picture_file_is_resized(tmp_path):
     Image.new("L", (40, 30), 200).save(tmp_path / "a.png")
     picture = blend_picture(SIZE, generator(1, ""), str(tmp_path / "a.png"))["picture"]
     assert torch.equal(picture, torch.full((*SIZE, 3), 200, dtype=torch.uint8))
+    Image.new("I;16", (40, 30), 257 * 100).save(tmp_path / "b.png")  # read as a viewer shows it
+    assert (blend_picture(SIZE, generator(1, ""), str(tmp_path / "b.png"))["picture"] == 100).all()
 
 
 def test_a_missing_or_broken_picture_file_is_refused(tmp_path):
     (tmp_path / "b.png").write_text("none")
-    for name in ("b.png", "c.png"):
+    Image.new("L", (9, 9)).save(tmp_path / "d.png")
+    damaged = (tmp_path / "d.png").read_bytes().replace(b"IDAT", b"ID\x00T")  # a SyntaxError of Pillow
+    (tmp_path / "d.png").write_bytes(damaged)
+    for name in ("b.png", "c.png", "d.png"):
         with pytest.raises(UserError, match="--trigger_image .*png cannot be read as an image"):
             blend_picture(SIZE, generator(1, ""), str(tmp_path / name))
 

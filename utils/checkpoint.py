@@ -58,11 +58,12 @@ def read_checkpoint(path: str) -> dict:
     """Read a checkpoint of this repository or of other code, written by torch.save or safetensors; executes nothing.
 
     Returns:
-        a dict with "state_dict" and, in checkpoints of this repository, "arch" (str), "num_class" (int) and
-        "normalization" (mean and std, 3 numbers each), all checked, and "dataset", "attack" (for Attack.from_state)
-        and "metrics", unchecked. A file without the first three comes from other code, where the same keys may mean
-        something else: only its "state_dict" is returned, and "recognised", the architecture that its names give away.
-        Of BackdoorBench's files "recognised" is what they name, and "num_class" and "normalization" are known, too.
+        a dict with "state_dict" and, in checkpoints of this repository, "arch" (str), "num_class" (int),
+        "normalization" (mean and std, 3 numbers each), "image_size" (int) and "dataset" (str), all checked, and
+        "attack" (for Attack.from_state) and "metrics", unchecked. A file without the first three comes from other code,
+        where the same keys may mean something else: only its "state_dict" is returned, and "recognised", the
+        architecture that its names give away. Of BackdoorBench's files "recognised" is what they name, and "num_class"
+        and "normalization" are known, too.
 
     Raises:
         UserError: no such file, not a checkpoint, no state_dict in it, weights that are not finite, or invalid
@@ -91,13 +92,30 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f"{path}: several weights share the same bytes, which no architecture here does")
     if not all(tensor.float().isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path} has weights that are not finite")
-    if not METADATA.keys() <= metadata.keys():
+    if not {"arch", "num_class", "normalization"} <= metadata.keys():
         arch, _ = recognise(weights)
         metadata = ({"recognised": arch} if arch else {}) | _stated_by_backdoorbench(metadata)
     for name, (is_valid, expected) in METADATA.items():
         if name in metadata and not is_valid(metadata[name]):
             raise UserError(f"{path}: its {name} is not {expected}")
     return {**metadata, "state_dict": weights}
+
+
+def check_data(checkpoint: dict, path: str, size: tuple[int, int], dataset: str | None = None) -> None:
+    """Refuse images that a checkpoint says it was not trained on.
+
+    Args:
+        size: (H, W) of the images.
+        dataset: their name; None: not compared. The names of two folders say nothing.
+
+    Raises:
+        UserError: another image size, or another data set.
+    """
+    expected, trained_on = checkpoint.get("image_size", size[0]), checkpoint.get("dataset", dataset)
+    if expected != size[0]:
+        raise UserError(f"{path} was trained on images of {expected} pixels a side, these have {size[0]}")
+    if dataset not in (None, "folder", trained_on) and trained_on != "folder":
+        raise UserError(f"{path} was trained on {printable(trained_on)}, not on {dataset}: pass --dataset")
 
 
 def recognise(weights: dict) -> tuple[str | None, int | None]:
@@ -196,7 +214,9 @@ def _is_normalization(value):
 
 # Key -> (whether a value is valid, what a valid one is).
 METADATA = {
-    "arch": (lambda value: isinstance(value, str) and len(value) < 200 and value.isprintable(), "a short name"),
+    "arch": (lambda value: isinstance(value, str) and len(value) < 1_000 and value.isprintable(), "a short name"),
     "num_class": (lambda value: type(value) is int and value >= 2, "a number of classes, 2 or more"),
     "normalization": (_is_normalization, "a mean and a standard deviation above 0 for each of three channels"),
+    "image_size": (lambda value: type(value) is int and value >= 1, "a number of pixels"),
+    "dataset": (lambda value: isinstance(value, str), "a name"),
 }

@@ -128,7 +128,8 @@ OPTION_CONDITIONS = {
         "a training, and --print_freq from 1 to --epochs",
         lambda opt: _DEFENDS[1](opt) and 0 < opt.print_freq <= (opt.epochs or math.inf),
     ),
-    **dict.fromkeys(("ratio", "clean", "precision", "print_freq"), _DEFENDS),
+    "ratio": ("a --defense other than none, without --clean", lambda opt: _DEFENDS[1](opt) and not opt.clean),
+    **dict.fromkeys(("clean", "precision", "print_freq"), _DEFENDS),
     **dict.fromkeys(("train_delta", "epsilon", "noise_ratio"), _POISONS),
 }
 

@@ -25,6 +25,7 @@ NORMALIZATION = {
 }
 MIRRORED = set(NORMALIZATION) - {"GTSRB"}  # data sets whose mirror images have the same label
 GTSRB_IMAGES = {"train": 26_640, "test": 12_630}
+DECODED_AT_ONCE = 256  # image files, by one worker
 DOWNLOAD_TIMEOUT = 30  # seconds; a network that swallows packets must not hang the run
 
 
@@ -97,7 +98,8 @@ def _read_gtsrb(split, root, image_size):
 def _read_folder(split, root, image_size):
     path = os.path.join(root, split)
     try:
-        dataset = torchvision.datasets.ImageFolder(path, transform=_resize(image_size), loader=_open_picture)
+        settings = {"transform": _resize(image_size), "loader": open_picture, "is_valid_file": _is_picture}
+        dataset = torchvision.datasets.ImageFolder(path, **settings)
     except OSError as error:
         raise UserError(f"--dataset folder needs images in {path}/<class>/: {error}".split("\n")[0]) from None
     train_classes = sorted(entry.name for entry in os.scandir(os.path.join(root, "train")) if entry.is_dir())
@@ -127,13 +129,20 @@ def _load_torchvision(name, root, **arguments):
         socket.setdefaulttimeout(previous_timeout)
 
 
-def _open_picture(path):
-    """The picture as a viewer shows it, in RGB: turned as its EXIF data say, 16-bit greys scaled to 8 bits."""
+def _is_picture(path):
+    """Whether the ending of the name is that of a format that Pillow reads."""
+    return Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in Image.OPEN
+
+
+def open_picture(path, mode="RGB"):
+    """The PIL picture as a viewer shows it: turned as its EXIF data say, 16-bit greys scaled to 8 bits."""
     with Image.open(path) as file:
         picture = ImageOps.exif_transpose(file)
+        if picture.mode == "F":
+            raise ValueError("a picture of 32-bit floats has no range")
         if picture.mode.startswith("I"):  # convert would cut greys off at 255
             picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-        return picture.convert("RGB")
+        return picture.convert(mode)
 
 
 def _resize(size):
@@ -145,9 +154,13 @@ def _decode(dataset, size):
     needed = 3 * size**2 * len(dataset)
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise UserError(f"images of --image_size {size} need {needed / 2**30:,.0f} GiB, more than this machine has")
-    loader = DataLoader(ImageFiles(dataset, size), batch_size=256, num_workers=min(8, os.cpu_count() or 1))
-    images, labels, messages = zip(*loader, strict=True)
-    errors = [message for batch in messages for message in batch if message]
+    loader = DataLoader(ImageFiles(dataset, size), batch_size=DECODED_AT_ONCE, num_workers=min(8, os.cpu_count() or 1))
+    images = torch.empty(len(dataset), size, size, 3, dtype=torch.uint8)
+    labels, errors = torch.empty(len(dataset), dtype=torch.int64), []
+    for i, (batch, batch_labels, messages) in enumerate(loader):  # copied, since a batch holds shared memory
+        part = slice(i * DECODED_AT_ONCE, (i + 1) * DECODED_AT_ONCE)
+        images[part], labels[part] = batch.permute(0, 2, 3, 1), batch_labels
+        errors += [message for message in messages if message]
     if errors:
         raise UserError(f"{len(errors)} of {len(dataset)} images cannot be read; the first: {errors[0]}")
-    return torch.cat(images).permute(0, 2, 3, 1).contiguous(), torch.cat(labels)
+    return images, labels

@@ -1,6 +1,7 @@
 """Errors that end a script with one line on stderr: exit code 2 for invalid input, 1 for a failure while running."""
 
 import difflib
+import io
 import sys
 
 
@@ -23,6 +24,9 @@ def run_script(main, interrupted_hint: str = "files written so far are complete"
         interrupted_hint: printed after Ctrl-C: what is left and how to resume. If the KeyboardInterrupt has a text,
             that text is printed instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a class name that it cannot show must not end the run
     try:
         main()
     except (UserError, RunError) as error:

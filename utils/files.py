@@ -85,7 +85,7 @@ def write_json(path: str, content: dict) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write a text file in UTF-8."""
-    write_file(path, lambda file: file.write(text.encode()))
+    write_file(path, lambda file: file.write(text.encode(errors="replace")))
 
 
 def write_csv(path: str, rows: list[dict]) -> None:

@@ -3,22 +3,30 @@
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+
+from utils.errors import UserError
 
 
 @contextmanager
 def lock(path: str) -> Iterator[bool]:
-    """Whether this process got the lock file at `path`; held for the body, and free again if the process dies."""
+    """Whether this process got the lock file at `path`; held for the body, and free again if the process dies.
+
+    Raises:
+        UserError: the folder takes no lock files.
+    """
     import fcntl  # not on Windows, where a comparison runs in one process
 
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_mine = True
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            is_mine = False
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror or error}") from None
+        yield is_mine
 
 
 def deal_out(folder: str, names: Iterable[str], process_count: int, pause: float = 1.0) -> Iterator[str]:

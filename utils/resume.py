@@ -47,11 +47,12 @@ class Resumable:
             return False
         return True
 
-    def read(self, poisoned: torch.Tensor) -> dict | None:
+    def read(self, poisoned: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict | None:
         """Read the checkpoint to resume from.
 
         Args:
             poisoned: (n,) indices of the poisoned training images; must equal those of the interrupted run.
+            tensors: of the attack, its picture, patch or warp; likewise.
 
         Returns:
             the checkpoint, with the `resume` state of utils.training.train under "training"; None to start at epoch 1.
@@ -67,12 +68,14 @@ class Resumable:
             print(f"{self.path} of an interrupted run is replaced after the first epoch; --resume continues that run")
             return None
         state = read_checkpoint(self.path)
-        types = {"options": dict, "training": dict, "poisoned": torch.Tensor}
+        types = {"options": dict, "training": dict, "poisoned": torch.Tensor, "attack": dict}
         if not all(isinstance(state.get(name), expected) for name, expected in types.items()):
             raise UserError(f"{self.path} is not the state of a training; start anew without --resume")
         self._check(state["options"], self.path)
         if not torch.equal(state["poisoned"], poisoned):
             raise UserError(f"{self.path} was written with other data than that in --data_root")
+        if not _is_same(state["attack"].get("tensors"), tensors):
+            raise UserError(f"{self.path} was written with another trigger; start anew without --resume")
         print(f"resuming from {self.path}")
         self._set_recovery_hint()
         return state
@@ -123,6 +126,13 @@ def resume_command() -> str:
     count = os.environ.get("WORLD_SIZE", "1")
     runner = ["python"] if count == "1" else ["torchrun", f"--nproc_per_node={count}"]
     return shlex.join([*runner, *(word for word in sys.argv if word != "--resume"), "--resume"])
+
+
+def _is_same(stored, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether what a file states as a dict of tensors is this one."""
+    if not isinstance(stored, dict) or stored.keys() != tensors.keys():
+        return False
+    return all(isinstance(stored[name], torch.Tensor) and torch.equal(stored[name], tensors[name]) for name in tensors)
 
 
 def _result_options(options: dict) -> dict:
