@@ -11,6 +11,8 @@ Additions to the paper; those with an option in brackets can be turned off:
 - the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
   shifted and mirrored (augment);
 - few clean images are mixed, each with a rectangle of another one: CutMix (augment);
+- where features keep their place in the image, the student sees images with an erased rectangle, since a trigger hides
+  a part of the image as well (augment);
 - images of the target class are left out of the contrast (contrast);
 - the student's weights are averaged over the last steps (ema);
 - the last layer is made blind to the directions in which the trigger moves the victim's features, where clean images do
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from defenses.base import DefenseContext, DefenseResult
 from defenses.inversion import HIT_RATE, PatternApplier
 from defenses.last_layer import calibrate, make_blind, trigger_directions
-from utils.batches import CutMixBatches
+from utils.batches import CutMixBatches, erase_rectangles
 from utils.seed import generator
 from utils.training import sgd_step, train
 
@@ -97,7 +99,7 @@ def defend(
         with context.clock("finetune"):
             schedule = {"mirror": mirror, "epochs": finetune_epochs, "lr": finetune_lr, **sgd}
             positive_model = clean_finetune(context.victim, context.train_batches, context.device, **schedule)
-    mirror_features = mirror and mirror_similarity(context.victim, context.plain_batches) >= MIRROR_SIMILARITY
+    keeps_place = mirror and mirror_similarity(context.victim, context.plain_batches) < MIRROR_SIMILARITY
     budget = inversion_steps, inversion_batches, sgd["precision"]
     trigger = context.invert(inversion_rounds, *budget)
     patterns, batches = context.training_patterns(trigger), context.train_batches
@@ -105,8 +107,13 @@ def defend(
         batches = CutMixBatches(batches, context.target, generator(context.seed, "cutmix"))
     settings = {"temperature": temperature, "align_weight": 2 * align_weight if has_few else align_weight}
     settings |= {"contrast": contrast != "none", "target": context.target if contrast == "others" else None}
-    settings |= {"mirror": mirror_features, "lr": lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5)}
+    settings |= {
+        "mirror": mirror and not keeps_place,
+        "lr": lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5),
+    }
     settings |= {"epochs": epochs, "monitor": context.monitor, **sgd}
+    if keeps_place:
+        settings["distort"] = partial(erase_rectangles, rng=generator(context.seed, "erasing"))
     for _ in range(rounds):
         with context.clock("purify"):
             student, history = train_student_gently(context, positive_model, patterns, batches, trigger, **settings)
@@ -207,7 +214,19 @@ def train_student_gently(context: DefenseContext, positive, patterns, batches, t
 
 
 def train_student(
-    victim, positive, patterns, batches, device, *, temperature, align_weight, mirror, target, contrast=True, **training
+    victim,
+    positive,
+    patterns,
+    batches,
+    device,
+    *,
+    temperature,
+    align_weight,
+    mirror,
+    target,
+    contrast=True,
+    distort=None,
+    **training,
 ):
     """Make f_S from f_B by contrastive learning on the clean split.
 
@@ -220,6 +239,7 @@ def train_student(
         target: images of this label are left out of the contrast, since their positive and negative nearly coincide, so
             pushing hurts that class; None: no image is left out.
         contrast: whether the contrastive loss is part of the objective; without it, align_weight must be above 0.
+        distort: images -> the images that the student sees in their place; z+ is that of the images themselves.
         training: arguments of utils.training.train; ema averages the student's weights over the last steps.
 
     Returns:
@@ -230,12 +250,13 @@ def train_student(
     add_trigger = PatternApplier(patterns)
 
     def loss_of(images, labels):
-        triggered = add_trigger(images)
+        shown = distort(images) if distort else images
+        triggered = add_trigger(shown)
         with torch.no_grad():
             z_positive = mirrored_mean(positive.features, images, mirror)
             z_negative = victim.features(triggered)
         if align_weight:
-            features = student.features(torch.cat([images, triggered]))
+            features = student.features(torch.cat([shown, triggered]))
             alignment = align_weight * alignment_loss(features, z_positive.repeat(2, 1)).mean()
             z = features[len(images) :]
         else:

@@ -23,6 +23,7 @@ from models.selector import Classifier
 from utils.batches import Batches, TensorImages, defender_batches
 from utils.device import pick_device
 from utils.errors import RunError, UserError, did_you_mean
+from utils.metrics import percent, predict
 from utils.progress import Stopwatch
 from utils.seed import generator
 from utils.training import SCHEDULES
@@ -55,6 +56,8 @@ class PurifyResult(NamedTuple):
     search: the LabelScores of the target search, of at most ten labels and of -1; None without a search.
     trigger: the inverted trigger, or None.
     purified: whether the inverted trigger lost its hold on the clean images; None if none was inverted.
+    accuracy: percentages of the clean images predicted as their labels, "before" and "after": if it fell, the defense
+        did harm; None if no backdoor was found.
     history: a dict an epoch.
     """
 
@@ -63,6 +66,7 @@ class PurifyResult(NamedTuple):
     search: list[LabelScore] | None
     trigger: InvertedTrigger | None
     purified: bool | None
+    accuracy: dict[str, float] | None
     history: list[dict]
 
 
@@ -109,16 +113,19 @@ def purify(
     if target == "auto":
         target, scores, _ = find_target(victim, search, num_class, device, seed, recipe)
         if target is None:
-            return PurifyResult(None, None, scores, None, None, [])
+            return PurifyResult(None, None, scores, None, None, None, [])
     target = ANY_OTHER if target == "any" else target
     context = DefenseContext(
         victim, train, plain, augment, len(data), device, seed, Stopwatch(), target, mirrored=mirrored
     )
     student, history, triggers = remove_backdoors(defense, context, recipe, search, num_class)
-    rates = [found.rate_on(student, Batches(data, 125, device), label) for label, found in triggers.items()]
+    batches = Batches(data, 125, device)
+    rates = [found.rate_on(student, batches, label) for label, found in triggers.items()]
     purified = max(rates) <= MAX_HIT_RATE if triggers else None
+    models = {"before": victim, "after": student}
+    accuracy = {name: percent(predict(model, batches) == data.labels) for name, model in models.items()}
     model, trigger = None if purified is False else student.network, triggers.get(target)
-    return PurifyResult(model, target, scores, trigger, purified, history)
+    return PurifyResult(model, target, scores, trigger, purified, accuracy, history)
 
 
 def find_target(victim, batches, num_class, device, seed, options: dict, precision="fp32"):
@@ -128,7 +135,7 @@ def find_target(victim, batches, num_class, device, seed, options: dict, precisi
         options: of the defense: "force" and the budget of the inversion.
     """
     scores = search_target(victim, batches, num_class, device, generator(seed, "search"), precision=precision)
-    if not any(score.flagged for score in scores):
+    if not any(score.flagged or score.weak_floor for score in scores):
         budget = (options[f"inversion_{name}"] for name in ("rounds", "steps", "batches"))
         scores = invert_suspects(victim, batches, scores, device, generator(seed, "suspects"), *budget, precision)
     label, reason = choose_label(scores, options["force"])

@@ -157,12 +157,18 @@ def test_images_of_the_target_class_alone_give_no_contrast(victim, trigger):
     assert [row["loss"] for row in history] == [0.0, 0.0]
 
 
-def loss_by_hand(student, victim, positive, images, triggered, in_contrast, mirror, temperature, align_weight):
-    """MCL's loss of one batch; the contrast is that of the images `in_contrast`, (B,) bool, or none."""
+def loss_by_hand(
+    student, victim, positive, images, triggered, in_contrast, mirror, temperature, align_weight, shown=None
+):
+    """MCL's loss of one batch; the contrast is that of the images `in_contrast`, (B,) bool, or none.
+
+    Args:
+        shown: the images that the student sees, if they are others.
+    """
     z_positive = positive.features(images)
     if mirror:
         z_positive = (z_positive + positive.features(images.flip(3))) / 2
-    features = student.features(torch.cat([images, triggered]))
+    features = student.features(torch.cat([images if shown is None else shown, triggered]))
     z, z_negative = features[len(images) :], victim.features(triggered)
     to_positive = torch.cosine_similarity(features, torch.cat([z_positive, z_positive]))
     near = (to_positive[len(images) :] / temperature).exp()
@@ -171,11 +177,13 @@ def loss_by_hand(student, victim, positive, images, triggered, in_contrast, mirr
     return alignment if in_contrast is None else alignment - (near / (near + far)).log()[in_contrast].mean()
 
 
-def test_the_loss_of_a_batch_by_hand(victim, trigger, batches):
+@pytest.mark.parametrize("distort", [None, lambda images: images.flip(2)])
+def test_the_loss_of_a_batch_by_hand(victim, trigger, batches, distort):
     images, labels = batches[0]
-    _, history = run_training(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1)
-    student, triggered = copy.deepcopy(victim).train(), apply_patterns(images, trigger.pattern[None])
-    expected = loss_by_hand(student, victim, victim, images, triggered, labels != 1, False, 0.5, 3.0)
+    shown = distort(images) if distort else images
+    _, history = run_training(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1, distort=distort)
+    student, triggered = copy.deepcopy(victim).train(), apply_patterns(shown, trigger.pattern[None])
+    expected = loss_by_hand(student, victim, victim, images, triggered, labels != 1, False, 0.5, 3.0, shown)
     assert history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -9,7 +9,7 @@ from test_mcl import RECIPE, TRAINING, run_training
 from defenses import mcl
 from defenses.inversion import InvertedTrigger, shifted_patterns
 from defenses.mcl import clean_finetune, train_student
-from utils.batches import CutMixBatches
+from utils.batches import CutMixBatches, erase_rectangles
 from utils.seed import generator
 
 CPU = torch.device("cpu")
@@ -53,15 +53,25 @@ def test_a_large_pattern_of_the_student_is_no_rest_of_the_backdoor(make_context,
     assert make_context().remaining_trigger(victim, trigger, 1, 1, "fp32") is None
 
 
-@pytest.mark.parametrize(("similarity", "averaged"), [(0.81, True), (0.79, False)])
-def test_features_that_differ_in_the_mirror_are_not_averaged(make_context, similarity, averaged, monkeypatch):
+@pytest.mark.parametrize(
+    ("similarity", "mirrored", "averaged", "erased"),
+    [(0.81, True, True, False), (0.79, True, False, True), (0.79, False, False, False)],
+)
+def test_features_that_keep_their_place_are_erased_and_not_averaged(
+    make_context, similarity, mirrored, averaged, erased, monkeypatch
+):
     used = []
     monkeypatch.setattr(mcl, "mirror_similarity", lambda *_: similarity)
     monkeypatch.setattr(
-        mcl, "train_student", lambda *args, mirror, **_: used.append(mirror) or train_student(*args, mirror=mirror, **_)
+        mcl, "train_student", lambda *args, **options: used.append(options) or train_student(*args, **options)
     )
-    mcl.defend(make_context(augmented=True), **{**RECIPE, **TRAINING})
-    assert used == [averaged]
+    mcl.defend(make_context(augmented=True, mirrored=mirrored, seed=5), **{**RECIPE, **TRAINING})
+    (settings,) = used
+    assert settings["mirror"] == averaged
+    assert ("distort" in settings) == erased
+    if erased:
+        assert settings["distort"].keywords["rng"].initial_seed() == generator(5, "erasing").initial_seed()
+        assert settings["distort"].func is erase_rectangles
 
 
 @pytest.mark.parametrize(

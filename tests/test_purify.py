@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, state_vector
 from torch import nn
 
@@ -57,6 +58,8 @@ def test_a_model_of_ones_own_class_is_purified_and_left_as_it_is(backdoored, cle
     assert result.purified is True
     assert any(score.flagged and score.label == attack.target for score in result.search)
     assert len(result.history) == 2
+    assert result.accuracy["before"] > 99
+    assert result.accuracy["after"] > 97
     test_images, test_labels = (part[:300] for part in draw_shapes("test"))
     triggered = attack.stamp(test_images).permute(0, 3, 1, 2) / 255
     others = test_labels != attack.target
@@ -155,6 +158,17 @@ class CountingTrigger:
         return self.rate
 
 
+class AlwaysPredicts(nn.Module):
+    """Stands for a student."""
+
+    def __init__(self, label):
+        super().__init__()
+        self.label, self.network = label, nn.Identity()
+
+    def forward(self, images):
+        return F.one_hot(torch.full((len(images),), self.label), 3).float()
+
+
 @pytest.mark.parametrize("rate", [None, 0.099, 0.101])
 @pytest.mark.parametrize(
     ("options", "target", "augmented", "size"),
@@ -165,8 +179,7 @@ class CountingTrigger:
     ],
 )
 def test_what_the_defense_is_given_and_what_comes_back(options, target, augmented, size, rate, monkeypatch):
-    given, searched, trigger, student = [], [], CountingTrigger(rate), torch.nn.Identity()
-    student.network = nn.Identity()
+    given, searched, trigger, student = [], [], CountingTrigger(rate), AlwaysPredicts(2)
 
     def search(*args):
         searched.append(args)
@@ -203,11 +216,13 @@ def test_what_the_defense_is_given_and_what_comes_back(options, target, augmente
     assert result.model is (None if is_purified is False else student.network)
     assert result.trigger is (None if rate is None else trigger)
     assert trigger.measured == ([] if rate is None else [(student, LABELS.tolist(), target)])
+    before = 100 * (MODEL(IMAGES).argmax(1) == LABELS).double().mean().item()
+    assert result.accuracy == {"before": before, "after": 100 * (LABELS == 2).double().mean().item()}
 
 
 def test_nothing_is_trained_if_the_search_finds_nothing(monkeypatch):
     monkeypatch.setattr(purify_module, "find_target", lambda *_: (None, ["scores"], "reason"))
-    assert purify(MODEL, IMAGES, LABELS, device="cpu") == (None, None, ["scores"], None, None, [])
+    assert purify(MODEL, IMAGES, LABELS, device="cpu") == (None, None, ["scores"], None, None, None, [])
 
 
 @pytest.mark.parametrize("flagged", [True, False])

@@ -1,8 +1,8 @@
-"""CutMix: a rectangle of another image in each."""
+"""CutMix and erasing: a rectangle of another image, or of one colour."""
 
 import torch
 
-from utils.batches import CutMixBatches
+from utils.batches import CutMixBatches, erase_rectangles
 from utils.seed import generator
 
 
@@ -50,3 +50,33 @@ def test_cutmix_draws_from_its_generator():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(CutMixBatches([1, 2], 0, None)) == 2
+
+
+def test_erasing_hides_a_rectangle_of_half_of_the_images():
+    rng, heights, widths, colours, erased_count = generator(0, "test"), set(), set(), [], 0
+    for image in erase_rectangles(torch.full((2_000, 3, 32, 16), 2.0), rng):
+        inside = image[0] != 2
+        if inside.any():
+            rows, columns = inside.any(1), inside.any(0)
+            assert torch.equal(inside, rows[:, None] & columns)
+            colour = image[:, inside]
+            assert (colour == colour[:, :1]).all()
+            heights.add(int(rows.sum()))
+            widths.add(int(columns.sum()))
+            colours.append(colour[:, 0])
+            erased_count += 1
+    assert 900 < erased_count < 1_100
+    assert heights == set(range(2, 9))
+    assert widths == {1, 2, 3, 4}
+    colours = torch.stack(colours)
+    assert torch.allclose(colours.mean(0), torch.tensor(0.5), atol=0.05)
+    assert torch.allclose(colours.std(0), torch.tensor(12**-0.5), atol=0.02)
+    assert colours.T.corrcoef().fill_diagonal_(0).abs().max() < 0.15
+
+
+def test_erasing_draws_from_its_generator():
+    images = torch.zeros(50, 3, 8, 8)
+    first, again, other = (erase_rectangles(images, generator(seed, "test")) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not images.any()

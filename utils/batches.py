@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from utils.seed import generator
 
 CLEAN_PADDING = 2  # of the defender's crops: its positive model may never have seen a shifted image
+ERASED_SHARE, ERASED_SIDES = 0.5, (1 / 16, 1 / 4)  # of the images, of an image's sides
 EPOCH_IMAGES = 1_280  # of the defender, at least: fewer clean images are repeated, so that the steps do not fall
 
 
@@ -112,19 +113,35 @@ class CutMixBatches:
 
     def __iter__(self):
         for images, labels in self.batches:
-            count, _, *size = images.shape
-            rows, columns = (self._inside(count, length, images.device) for length in size)
-            others = torch.randperm(count, generator=self.rng).to(images.device)
-            inside = (rows[:, :, None] & columns[:, None])[:, None]
+            inside = random_rectangles(images, (1 / 4, 3 / 4), self.rng)
+            others = torch.randperm(len(images), generator=self.rng).to(images.device)
             has_label = (labels == self.label) | (labels[others] == self.label)
             yield torch.where(inside, images[others], images), torch.where(has_label, self.label, labels)
 
-    def _inside(self, count, length, device):
-        """(B, length) bool: the part of one axis that each image's rectangle covers."""
-        covered = torch.randint(length // 4, 3 * length // 4 + 1, (count, 1), generator=self.rng)
-        start = (torch.rand(count, 1, generator=self.rng) * (length - covered + 1)).long()
+
+def random_rectangles(images, sides: tuple[float, float], rng) -> torch.Tensor:
+    """A rectangle in each of the (B, C, H, W) images, as a mask: (B, 1, H, W) bool.
+
+    Args:
+        sides: the shortest and the longest side, as fractions of the image's.
+    """
+
+    def covered(length):
+        shortest, longest = (int(side * length) for side in sides)
+        extent = torch.randint(shortest, longest + 1, (len(images), 1), generator=rng)
+        start = (torch.rand(len(images), 1, generator=rng) * (length - extent + 1)).long()
         position = torch.arange(length)
-        return ((position >= start) & (position < start + covered)).to(device)
+        return (position >= start) & (position < start + extent)
+
+    rows, columns = map(covered, images.shape[2:])
+    return (rows[:, :, None] & columns[:, None])[:, None].to(images.device)
+
+
+def erase_rectangles(images, rng) -> torch.Tensor:
+    """Random Erasing (Zhong et al., AAAI 2020): half of the (B, C, H, W) images get a rectangle of a random colour."""
+    inside = random_rectangles(images, ERASED_SIDES, rng)
+    chosen, colour = (torch.rand(len(images), n, 1, 1, generator=rng).to(images.device) for n in (1, images.shape[1]))
+    return torch.where(inside & (chosen < ERASED_SHARE), colour, images)
 
 
 def defender_batches(data, batch_size, augment, mirror, seed, device) -> tuple[Batches, Batches, Batches]:
