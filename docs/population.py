@@ -5,6 +5,7 @@
 
 Two processes may work on one folder. A search that has changed needs a new table. Half of the networks are to choose
 settings on, the other half to report on. Label, poison rate, data set, network and seed of each are drawn at random.
+Eight more clean ones, the rows "weak-...", have hardly learned anything; no limit was chosen on them.
 The rows "first-..." of the table are of an earlier population, with other draws and shorter trainings on the shapes.
 """
 
@@ -87,7 +88,7 @@ class Member(NamedTuple):
 
 
 def population() -> list[Member]:
-    """All members in random order, those to report on first."""
+    """All members in random order, those to report on first, those that have hardly learned anything last."""
     names = [
         f"{half}-{kind}-{i}"
         for half in ("tune", "report")
@@ -97,6 +98,7 @@ def population() -> list[Member]:
     ]
     random.Random(0).shuffle(names)
     names.sort(key=lambda name: name.startswith("tune"))
+    names += [f"weak-{kind}-{i}" for kind in ("few", "short") for i in range(CLEAN_REPEATS)]
     return [draw_member(name) for name in names]
 
 

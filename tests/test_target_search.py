@@ -44,8 +44,8 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
     assert SMALL.flagged and dataclasses.replace(SMALL, form="warp", of_range=0.02).flagged
     assert not dataclasses.replace(SMALL, **change).flagged
     assert SMALL.metadata() == {
-        "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3,
-        "of_range": 1.0, "runner_up": None, "inverted_area": None, "clean_networks": 0, "flagged": True,
+        "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3, "of_range": 1.0,
+        "weak_floor": None, "runner_up": None, "inverted_area": None, "clean_networks": 0, "flagged": True,
     }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_scores_are_means_over_the_steps_in_which_the_pattern_works():
     form, targets = PixelForm((3, 2, 5)), torch.tensor([0, 1, 2, ANY_OTHER])
     sizes = torch.tensor([[9.0, 2.0, 4.0, 1.0], [3.0, 4.0, 6.0, 1.0]])
     rates = torch.tensor([[0.9, 0.2, 0.1, 1.0], [1.0, 1.0, 0.3, 1.0]])
-    scores = _score(targets, form, 3, sizes, rates)
+    scores = _score(targets, form, 3, sizes, rates, None)
     assert [score.label for score in scores] == [0, 1, 2, ANY_OTHER]
     # Label 1 works in the second step only; label 2 never does, so that its size says nothing.
     assert [score.size for score in scores] == pytest.approx([6.0, 4.0, 30.0, 1.0])

@@ -21,6 +21,9 @@ CLEAN_SIZES = (
     1.46, 1.98, 2.17, 2.17, 2.18, 2.20, 2.21, 2.28, 2.32, 2.40, 2.43, 2.53, 2.60, 2.75, 2.85, 2.88, 3.15, 3.15,
     3.56, 3.63, 3.68, 3.73, 3.81, 4.05, 4.05, 4.27, 4.35, 6.36, 6.72, 9.42,
 )  # fmt: skip
+# A model that predicts one label for more than this fraction of the images of other labels has hardly learned anything.
+# Small patterns lead to any label there, so that only half the size counts.
+MAX_FLOOR, WEAK_SHARE = 0.12, 0.5
 MAX_RUNNER_UP = 2 / 3  # where waves work for several labels, it is because they resemble the classes' own patterns
 MAD_TO_SD = 1.4826  # of a normal distribution
 MIN_DEVIATION = 0.1  # of logarithms: sizes that differ by less are alike
@@ -35,6 +38,8 @@ class LabelScore:
     hit_rate: fraction 0..1 of images of other labels that the pattern turns.
     index: anomaly index; negative below the median of all labels; nan for a wave, since all have the same size.
     of_median, of_range: size as a fraction of the median, and of the largest possible size.
+    weak_floor: of a weak model, the largest fraction of images of other labels that it predicts as one label, without a
+        pattern; None if it is at most MAX_FLOOR, or what a guess has.
     runner_up: the best hit rate of the waves of any other label; None for the other forms.
     inverted_area: fraction of the pixels that its full inversion changes; None if it was not inverted in full.
     """
@@ -46,6 +51,7 @@ class LabelScore:
     index: float
     of_median: float
     of_range: float
+    weak_floor: float | None = None
     runner_up: float | None = None
     inverted_area: float | None = None
 
@@ -59,7 +65,8 @@ class LabelScore:
             return self.inverted_area <= (MAX_PATCH if self.index < MAX_INDEX else MAX_SUSPECT_AREA)
         if self.form == "wave":
             return self.hit_rate >= HIT_RATE and self.runner_up <= MAX_RUNNER_UP
-        is_small = self.of_median <= MAX_OF_MEDIAN and self.of_range <= MAX_OF_RANGE[self.form]
+        limit = MAX_OF_RANGE[self.form] * (1 if self.weak_floor is None else WEAK_SHARE)
+        is_small = self.of_median <= MAX_OF_MEDIAN and self.of_range <= limit
         return self.index < MAX_INDEX and is_small and self.hit_rate >= HIT_RATE
 
     @property
@@ -73,7 +80,7 @@ class LabelScore:
     def metadata(self) -> dict:
         """Plain values for metrics.json and tables; hit rates and fraction of the range in percent."""
         row = asdict(self) | {"hit_rate": 100 * self.hit_rate, "of_range": 100 * self.of_range}
-        row["runner_up"] = self.runner_up and 100 * self.runner_up
+        row |= {name: row[name] and 100 * row[name] for name in ("weak_floor", "runner_up")}
         row |= {"clean_networks": self.clean_networks, "flagged": self.flagged}
         return row | {"label": "any" if self.label == ANY_OTHER else self.label}
 
@@ -108,6 +115,9 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
     lowest = min(candidates, key=lambda score: score.index).label
     areas = [score.inverted_area for score in scores if score.inverted_area is not None]
     checked = f", and the most suspicious, inverted in full, change {min(areas):.1%} of the pixels" if areas else ""
+    if scores[0].weak_floor is not None:
+        checked = ", which says little of a model this weak: it predicts one label for "
+        checked += f"{scores[0].weak_floor:.0%} of the images of other labels"
     action = f"--force: defending against {label_name(lowest)}" if force else "the model is left unchanged"
     return (
         lowest if force else None,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from defenses.inversion.invert import invert_trigger, pattern_logits
 from defenses.inversion.objective import ANY_OTHER, HIT_RATE, PenaltyWeight, endless, hits_and_losses
 from defenses.inversion.patterns import PixelForm, WarpForm, frequencies, waves
-from defenses.inversion.scores import LabelScore, anomaly_indices
+from defenses.inversion.scores import MAX_FLOOR, LabelScore, anomaly_indices
 from utils.device import autocast
 from utils.progress import progress_bar
 
@@ -42,7 +42,8 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     """Invert a pattern for every label, to find one that is far smaller than the others.
 
     If there is none, invert a warp for each; if there is none either, try waves. These two need other labels to compare
-    with: of two classes, only pixels are tried, and none is flagged before it is inverted in full (invert_suspects).
+    with: of two classes, only pixels are tried, and none is flagged before it is inverted in full (invert_suspects). A
+    weak model (LabelScore.weak_floor) is searched for pixels alone, too.
 
     Args:
         victim: f_B, frozen, in eval mode, on images in [0, 1].
@@ -59,7 +60,7 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     scores = []
     for form in (PixelForm(batches.image_shape), WarpForm(batches.image_shape)):
         scores += search_form(victim, batches, num_class, device, rng, form, steps, precision)
-        if num_class == 2 or any(score.flagged for score in scores):
+        if num_class == 2 or any(score.flagged or score.weak_floor for score in scores):
             return scores
     return scores + search_waves(victim, batches, num_class)
 
@@ -95,7 +96,7 @@ def search_waves(victim, batches, num_class) -> list[LabelScore]:
     of_range = norm / math.prod(batches.image_shape)
     runners_up = {label: max(rate for other, rate in best.items() if other != label) for label in best}
     return [
-        LabelScore(label, "wave", norm, rate, math.nan, math.nan, of_range, runners_up[label])
+        LabelScore(label, "wave", norm, rate, math.nan, math.nan, of_range, runner_up=runners_up[label])
         for label, rate in best.items()
     ]
 
@@ -134,6 +135,7 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
     optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
     weight = PenaltyWeight(torch.full(targets.shape, form.weight, device=device))
     sizes, rates, last_good = [], [], parameters.detach().clone()
+    floor_counts = torch.zeros(2, num_class, device=device)  # by label: other images predicted as it, other images
     ever_hit = torch.zeros_like(targets, dtype=torch.bool)
     kept, references, drops_labels = torch.arange(len(targets), device=device), num_class, num_class > FULL_SEARCHES
     with progress_bar(f"search {form.name}", steps, "batch") as bar:
@@ -143,8 +145,10 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
                 kept, references = promising(sizes[-1], ever_hit)
             images, labels, micro_batch = images[::divisor], labels[::divisor], MICRO_BATCH // divisor
             with torch.no_grad(), autocast(device, precision):
-                is_right = victim(images).argmax(1) == labels
-            attackable = torch.where(targets[:, None] == ANY_OTHER, is_right, labels != targets[:, None])
+                predicted = victim(images).argmax(1)
+            is_other = labels != targets[:, None]
+            attackable = torch.where(targets[:, None] == ANY_OTHER, predicted == labels, is_other)
+            floor_counts += torch.stack([(is_other & (predicted == targets[:, None])).sum(1), is_other.sum(1)])[:, :-1]
             hits = torch.zeros_like(weight.value)
             micro_batches = zip(
                 images.split(micro_batch), labels.split(micro_batch), attackable.split(micro_batch, 1), strict=True
@@ -173,7 +177,9 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             bar.update()
     tail = -max(1, int(TAIL_FRACTION * steps))
     sizes, rates = torch.stack(sizes[tail:])[:, kept], torch.stack(rates[tail:])[:, kept]
-    scores = _score(targets[kept], form, references, sizes, rates)
+    floor = (floor_counts[0] / floor_counts[1].clamp(min=1)).max().item()
+    weak_floor = floor if floor > max(MAX_FLOOR, 1 / num_class) else None
+    scores = _score(targets[kept], form, references, sizes, rates, weak_floor)
     return sorted(scores, key=lambda score: (score.label == ANY_OTHER, score.label))
 
 
@@ -193,7 +199,7 @@ def promising(sizes, works) -> tuple[torch.Tensor, int]:
     return torch.tensor([*sample, *order[:PROMISING], len(order)], device=sizes.device), count
 
 
-def _score(targets, form, references, sizes, rates):
+def _score(targets, form, references, sizes, rates, weak_floor):
     """Scores from the (T, P) sizes and hit rates of the last T steps: means over the steps in which a pattern works.
 
     The smallest pattern of many steps would be the luckiest one. A pattern that never works has the full range as its
@@ -207,4 +213,5 @@ def _score(targets, form, references, sizes, rates):
     median = sizes[:references].quantile(0.5)
     columns = sizes, rates, anomaly_indices(sizes, references), sizes / median, sizes / form.max_norm
     rows = torch.stack(columns, 1).tolist()
-    return [LabelScore(label, form.name, *values) for label, values in zip(targets.tolist(), rows, strict=True)]
+    labels = targets.tolist()
+    return [LabelScore(label, form.name, *row, weak_floor) for label, row in zip(labels, rows, strict=True)]

@@ -1,0 +1,75 @@
+"""The target search on models that have hardly learned anything."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_target_search import SMALL, FixedBatches
+
+from defenses import find_target
+from defenses.inversion import choose_label, search_target
+from utils.seed import generator
+
+CPU = torch.device("cpu")
+WEAK = dataclasses.replace(SMALL, weak_floor=0.287)
+BUDGET = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}
+
+
+class LeaningModel(torch.nn.Module):
+    """Predicts the label that is drawn in the image's first pixel, or 0 where the second pixel is bright."""
+
+    def __init__(self, num_class):
+        super().__init__()
+        self.num_class = num_class
+
+    def forward(self, x):
+        drawn = F.one_hot((x[:, 0, 0, 0] * self.num_class).long().clamp(max=self.num_class - 1), self.num_class)
+        leaning = F.one_hot(torch.zeros(len(x), dtype=torch.int64), self.num_class)
+        return torch.where(x[:, :1, 0, 1] > 0.5, leaning, drawn).float() + 0 * x.sum((1, 2, 3))[:, None]
+
+
+def leaning_batches(num_class, leaning):
+    """One batch of 100 images a label; of each label, the fraction `leaning` is predicted as 0."""
+    labels = torch.arange(num_class).repeat_interleave(100)
+    images = torch.zeros(len(labels), 3, 4, 4)
+    images[:, 0, 0, 0] = (labels + 0.5) / num_class
+    images[:, 0, 0, 1] = (torch.arange(len(labels)) % 100 < 100 * leaning).float()
+    return FixedBatches([(images, labels)])
+
+
+@pytest.mark.parametrize(
+    ("num_class", "leaning", "weak"),
+    [(10, 0.12, False), (10, 0.13, True), (3, 0.33, False), (3, 0.34, True), (20, 0.12, False), (20, 0.14, True)],
+)
+def test_a_model_that_leans_to_one_label_is_weak(num_class, leaning, weak):
+    batches = leaning_batches(num_class, leaning)
+    scores = search_target(LeaningModel(num_class), batches, num_class, CPU, generator(0, "search"), steps=1)
+    (floor,) = {score.weak_floor for score in scores if score.form == "pixels"}
+    assert floor == (pytest.approx(leaning) if weak else None)
+    assert ({score.form for score in scores} == {"pixels"}) == weak
+
+
+def test_of_a_weak_model_half_the_size_counts():
+    assert dataclasses.replace(WEAK, of_range=0.0075).flagged
+    assert not dataclasses.replace(WEAK, of_range=0.0076).flagged
+    assert WEAK.metadata()["weak_floor"] == pytest.approx(28.7)
+
+
+def test_a_search_of_a_weak_model_says_so():
+    label, reason = choose_label([WEAK], False)
+    assert label is None
+    assert reason == (
+        "no backdoor was found: no label has a far smaller pattern than the others, which says little of a model this "
+        "weak: it predicts one label for 29% of the images of other labels; the model is left unchanged"
+    )
+
+
+def test_no_suspect_of_a_weak_model_is_inverted(monkeypatch):
+    module, inverted = sys.modules["defenses.purify"], []
+    monkeypatch.setattr(module, "invert_suspects", lambda victim, batches, scores, *_: inverted.append(1) or scores)
+    for score in (WEAK, dataclasses.replace(WEAK, weak_floor=None, index=0.0)):
+        monkeypatch.setattr(module, "search_target", lambda *_, score=score, **__: [score])
+        assert find_target(None, None, 10, CPU, 1, {**BUDGET, "force": False})[0] is None
+    assert inverted == [1]
