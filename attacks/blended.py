@@ -27,7 +27,8 @@ def own_picture(size: tuple[int, int], rng: torch.Generator, trigger_image: str 
     """The file `trigger_image`, which has the size of the images: {"picture": (H, W, 4) uint8}, RGB and opacity.
 
     Raises:
-        UserError: there is no file, it cannot be read as an image, it has another size, or it covers all or nothing.
+        UserError: there is no file, it cannot be read as an image, it has another size, or it is opaque or transparent
+            everywhere.
     """
     if trigger_image is None:
         raise UserError(
@@ -38,7 +39,9 @@ def own_picture(size: tuple[int, int], rng: torch.Generator, trigger_image: str 
         found, expected = ("x".join(map(str, shape)) for shape in (picture.shape[:2], size))
         raise UserError(f"--trigger_image {trigger_image} has {found} pixels, but the images have {expected}")
     if picture[..., 3].min() == 255 or picture[..., 3].max() == 0:
-        raise UserError(f"--trigger_image {trigger_image} covers all of an image, or nothing: give it an alpha channel")
+        raise UserError(
+            f"--trigger_image {trigger_image} is opaque or transparent everywhere; its alpha must show the trigger"
+        )
     return {"picture": picture}
 
 

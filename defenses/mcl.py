@@ -43,7 +43,8 @@ FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the fu
 # labels also say little of how often a class occurs, so that the biases move less.
 FEW_IMAGES = 1_000
 # Least mean cosine of the features of an image and its mirror image at which the two are averaged: pooled features
-# have 0.93 or more, features that keep their place in the image 0.35 to 0.6, and their average is neither's.
+# have 0.93 or more, features that keep their place in the image 0.35 to 0.6, and their average is neither's. Below it,
+# the student sees erased rectangles.
 MIRROR_SIMILARITY = 0.8
 # Least mean cosine of the student's clean features and the positive ones. Where the student falls below, it is trained
 # again at a third of the rate: a WRN keeps 0.99 at the full rate, a ViT 0.94, and 0.99 only at a tenth.

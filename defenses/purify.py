@@ -56,8 +56,8 @@ class PurifyResult(NamedTuple):
     search: the LabelScores of the target search, of at most ten labels and of -1; None without a search.
     trigger: the inverted trigger, or None.
     purified: whether the inverted trigger lost its hold on the clean images; None if none was inverted.
-    accuracy: percentages of the clean images predicted as their labels, "before" and "after": if it fell, the defense
-        did harm; None if no backdoor was found.
+    accuracy: percentages of the clean images predicted as their labels, "before" and "after": the defense was trained
+        on them, so that a fall is a bad sign; None if no backdoor was found.
     history: a dict an epoch.
     """
 

@@ -5,7 +5,7 @@
 
 Two processes may work on one folder. A search that has changed needs a new table. Half of the networks are to choose
 settings on, the other half to report on. Label, poison rate, data set, network and seed of each are drawn at random.
-Eight more clean ones, the rows "weak-...", have hardly learned anything; no limit was chosen on them.
+Eight more clean ones, "weak-...", are trained briefly or on few images, to test the rule for weak models on.
 The rows "first-..." of the table are of an earlier population, with other draws and shorter trainings on the shapes.
 """
 
@@ -88,7 +88,7 @@ class Member(NamedTuple):
 
 
 def population() -> list[Member]:
-    """All members in random order, those to report on first, those that have hardly learned anything last."""
+    """All members in random order, those to report on first, the weak ones last."""
     names = [
         f"{half}-{kind}-{i}"
         for half in ("tune", "report")
@@ -198,7 +198,7 @@ def summary_row(row) -> dict:
 def print_summary(rows):
     """What the search said of victims and of clean networks, and what the defense left, for each half that has rows."""
     for half in sorted({row["name"].split("-")[0] for row in rows}):
-        clean, planted, weak, right, purified, removed = [], [], 0, 0, 0, 0
+        clean, planted, half_learned, right, purified, removed = [], [], 0, 0, 0, 0
         for row in (row for row in rows if row["name"].startswith(half)):
             rates = dict(pair.split(":") for pair in row["backdoors"].split())
             if row["asr_after"]:
@@ -207,17 +207,16 @@ def print_summary(rows):
             if not rates:
                 clean.append(row)
             elif max(map(float, rates.values())) < WORKING:
-                weak += 1
+                half_learned += 1
             else:
                 planted.append(row)
                 right += float(rates.get(str(row["found"]), 0)) >= WORKING
         alarms = sum(row["found"] != "" for row in clean)
         pairs = [(float(a["size"] or 100), float(b["size"] or 100)) for a in planted for b in clean]
         area = sum((a < b) + (a == b) / 2 for a, b in pairs) / max(len(pairs), 1)
-        print(
-            f"{half}: label found in {right} of {len(planted)} victims with an ASR of {WORKING} % or more ({weak} have"
-        )
-        print(f"less), {alarms} of {len(clean)} clean networks flagged, ROC area of the smallest size {area:.3f};")
+        print(f"{half}: label found in {right} of {len(planted)} victims with an ASR of {WORKING} % or more")
+        print(f"({half_learned} have less), {alarms} of {len(clean)} clean networks flagged,")
+        print(f"ROC area of the smallest size {area:.3f};")
         print(f"of {purified} purified victims, {removed} with an ASR of at most 3 % or 1 above the floor")
 
 

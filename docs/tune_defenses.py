@@ -1,12 +1,13 @@
 """Try the same number of settings of each defense on held-out images of one victim, and print the best of each.
 
-    python -m docs.tune_defenses TABLE.csv --model FILE [--defense NAME ...] [options of main.py]
+    python -m docs.tune_defenses TABLE.csv --model FILE --target LABEL --defense NAME ... [options of main.py]
 
 A setting is a rate (a third of the recipe's, the recipe's, or three times it), a schedule (the recipe's or another) and
 a number of epochs (half of the recipe's or the recipe's): twelve in all. I-BAU, which has no schedule, has four numbers
 of rounds instead. The best is the one of highest ACC among those that remove the backdoor; where none does, the one of
 lowest ASR. The images to measure on are mirrored training images outside the clean split, so the victim must not have
-seen mirrored images in training. Rows that TABLE.csv has already are not measured again.
+seen mirrored images in training; every victim of train_badnet.py on CIFAR-10 has. Rows already in TABLE.csv are not
+measured again, so that each victim, seed and clean split needs its own table.
 """
 
 import csv
@@ -21,7 +22,6 @@ from data_loader import get_clean_split, get_eval_set, load_images, sample_posit
 from defenses import DefenseContext
 from defenses.purify import run_defense
 from main import load_victim
-from utils.checkpoint import find_weights
 from utils.cli import listed
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
@@ -65,12 +65,13 @@ def best_of(rows: list[dict]) -> dict:
 
 def main():
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise UserError("name the table: python -m docs.tune_defenses TABLE.csv --model FILE")
+        raise UserError("name the table: python -m docs.tune_defenses TABLE.csv --model FILE --target LABEL")
     table, (opt, explicit) = sys.argv[1], config.parse("main.py", sys.argv[2:])
     device, names, rows = pick_device(opt.device), listed(opt.defense), read_rows(table)
     data, test = load_images(opt, "train"), load_images(opt, "test")
-    path = (opt.model or [find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-badnet")])[0]
-    of_run = partial(config.single_run_options, opt, model=path)
+    if not opt.model:
+        raise UserError("name the victim: --model FILE")
+    of_run = partial(config.single_run_options, opt, model=opt.model[0])
     victim, attack, _, _ = load_victim(of_run(defense=names[0]), explicit, test, device)
     for setting in chain.from_iterable(map(settings_of, names)):
         trial = of_run(**setting)
@@ -80,7 +81,8 @@ def main():
         if not any(key.items() <= row.items() for row in rows):
             rows += try_setting(trial, victim, attack, data, device)
             write_rows(table, rows)
-    best = [best_of([row for row in rows if row["defense"] == name]) for name in names]
+    measured = [[row for row in rows if row["defense"] == name] for name in names]
+    best = [best_of(rows) for rows in measured if rows]
     print(text_table([*SETTING, *MEASURED], [[*row.values()] for row in best]))
 
 

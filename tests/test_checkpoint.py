@@ -55,7 +55,7 @@ def test_images_that_a_checkpoint_was_not_trained_on_are_refused(model, tmp_path
     check_data({"dataset": "folder"}, "a.pth", (64, 64), "CIFAR10")
     with pytest.raises(UserError, match="a.pth was trained on images of 32 pixels a side, these have 64"):
         check_data(checkpoint, "a.pth", (64, 64))
-    with pytest.raises(UserError, match="a.pth was trained on CIFAR10, not on shapes: pass --dataset"):
+    with pytest.raises(UserError, match="a.pth was trained on CIFAR10, not on shapes: pass --dataset CIFAR10"):
         check_data(checkpoint, "a.pth", (32, 32), "shapes")
     path = str(tmp_path / "a.pth")
     for name, value, expected in (("image_size", torch.ones(2), "a number of pixels"), ("dataset", 3, "a name")):

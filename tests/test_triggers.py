@@ -73,7 +73,7 @@ def test_a_picture_of_ones_own_is_the_trigger_if_it_has_the_size_of_the_images(t
     pixels[..., 3] = 0
     for useless in (pixels[..., :3], pixels):  # opaque everywhere, or nowhere
         Image.fromarray(useless.numpy()).save(str(tmp_path / "b.png"))
-        with pytest.raises(UserError, match="b.png covers all of an image, or nothing"):
+        with pytest.raises(UserError, match="b.png is opaque or transparent everywhere"):
             own_picture(SIZE, None, str(tmp_path / "b.png"))
     with pytest.raises(UserError, match="a.png has 10x11 pixels, but the images have 11x10"):
         own_picture(SIZE[::-1], None, path)

@@ -61,8 +61,8 @@ def test_a_search_of_a_weak_model_says_so():
     label, reason = choose_label([WEAK], False)
     assert label is None
     assert reason == (
-        "no backdoor was found: no label has a far smaller pattern than the others, which says little of a model this "
-        "weak: it predicts one label for 29% of the images of other labels; the model is left unchanged"
+        "no backdoor was found: no label has a far smaller pattern than the others; but the model predicts one label "
+        "for 29% of the images of the others, and is so weak that this says little; the model is left unchanged"
     )
 
 

@@ -115,7 +115,8 @@ def check_data(checkpoint: dict, path: str, size: tuple[int, int], dataset: str 
     if expected != size[0]:
         raise UserError(f"{path} was trained on images of {expected} pixels a side, these have {size[0]}")
     if dataset not in (None, "folder", trained_on) and trained_on != "folder":
-        raise UserError(f"{path} was trained on {printable(trained_on)}, not on {dataset}: pass --dataset")
+        trained_on = printable(trained_on)
+        raise UserError(f"{path} was trained on {trained_on}, not on {dataset}: pass --dataset {trained_on}")
 
 
 def recognise(weights: dict) -> tuple[str | None, int | None]:

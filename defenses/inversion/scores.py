@@ -39,7 +39,7 @@ class LabelScore:
     index: anomaly index; negative below the median of all labels; nan for a wave, since all have the same size.
     of_median, of_range: size as a fraction of the median, and of the largest possible size.
     weak_floor: of a weak model, the largest fraction of images of other labels that it predicts as one label, without a
-        pattern; None if it is at most MAX_FLOOR, or what a guess has.
+        pattern; None unless it is above both MAX_FLOOR and a guess's share, 1 / K.
     runner_up: the best hit rate of the waves of any other label; None for the other forms.
     inverted_area: fraction of the pixels that its full inversion changes; None if it was not inverted in full.
     """
@@ -116,8 +116,10 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
     areas = [score.inverted_area for score in scores if score.inverted_area is not None]
     checked = f", and the most suspicious, inverted in full, change {min(areas):.1%} of the pixels" if areas else ""
     if scores[0].weak_floor is not None:
-        checked = ", which says little of a model this weak: it predicts one label for "
-        checked += f"{scores[0].weak_floor:.0%} of the images of other labels"
+        checked = (
+            f"; but the model predicts one label for {scores[0].weak_floor:.0%} of the images of the others, and is"
+        )
+        checked += " so weak that this says little"
     action = f"--force: defending against {label_name(lowest)}" if force else "the model is left unchanged"
     return (
         lowest if force else None,
