@@ -251,13 +251,13 @@ def train_student(
     add_trigger = PatternApplier(patterns)
 
     def loss_of(images, labels):
-        shown = distort(images) if distort else images
-        triggered = add_trigger(shown)
+        student_images = distort(images) if distort else images
+        triggered = add_trigger(student_images)
         with torch.no_grad():
             z_positive = mirrored_mean(positive.features, images, mirror)
             z_negative = victim.features(triggered)
         if align_weight:
-            features = student.features(torch.cat([shown, triggered]))
+            features = student.features(torch.cat([student_images, triggered]))
             alignment = align_weight * alignment_loss(features, z_positive.repeat(2, 1)).mean()
             z = features[len(images) :]
         else:

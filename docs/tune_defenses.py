@@ -30,7 +30,7 @@ from utils.progress import Stopwatch
 from utils.reporting.tables import is_backdoored, text_table
 
 HELD_OUT = 3_000  # images to measure on
-RATES, ROUNDS = (1 / 3, 1, 3), (2, 3, 4, 5)  # shares of the recipe's rate; rounds of I-BAU
+RATE_SHARES, ROUNDS = (1 / 3, 1, 3), (2, 3, 4, 5)  # shares of the recipe's rate; rounds of I-BAU
 SETTING, MEASURED = ["defense", "lr", "schedule", "epochs"], ["acc", "asr", "floor", "ra"]
 
 
@@ -48,7 +48,7 @@ class SharedInversion(DefenseContext):
 def settings_of(defense: str) -> list[dict]:
     """The settings to run of a defense: its name, lr, epochs and, if it has one, schedule."""
     recipe = config.DEFENSES[defense]
-    rates = [float(f"{share * recipe['lr']:.3g}") for share in RATES]
+    rates = [float(f"{share * recipe['lr']:.3g}") for share in RATE_SHARES]
     if "schedule" not in recipe:  # the history of its longest run has the shorter ones
         return [{"defense": defense, "lr": lr, "epochs": max(ROUNDS)} for lr in rates]
     schedules = [recipe["schedule"], "cosine" if recipe["schedule"] == "onecycle" else "onecycle"]

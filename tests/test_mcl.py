@@ -158,17 +158,17 @@ def test_images_of_the_target_class_alone_give_no_contrast(victim, trigger):
 
 
 def loss_by_hand(
-    student, victim, positive, images, triggered, in_contrast, mirror, temperature, align_weight, shown=None
+    student, victim, positive, images, triggered, in_contrast, mirror, temperature, align_weight, student_images=None
 ):
     """MCL's loss of one batch; the contrast is that of the images `in_contrast`, (B,) bool, or none.
 
     Args:
-        shown: the images that the student sees, if they are others.
+        student_images: the images that the student sees, if they are others.
     """
     z_positive = positive.features(images)
     if mirror:
         z_positive = (z_positive + positive.features(images.flip(3))) / 2
-    features = student.features(torch.cat([images if shown is None else shown, triggered]))
+    features = student.features(torch.cat([images if student_images is None else student_images, triggered]))
     z, z_negative = features[len(images) :], victim.features(triggered)
     to_positive = torch.cosine_similarity(features, torch.cat([z_positive, z_positive]))
     near = (to_positive[len(images) :] / temperature).exp()
@@ -180,10 +180,10 @@ def loss_by_hand(
 @pytest.mark.parametrize("distort", [None, lambda images: images.flip(2)])
 def test_the_loss_of_a_batch_by_hand(victim, trigger, batches, distort):
     images, labels = batches[0]
-    shown = distort(images) if distort else images
+    student_images = distort(images) if distort else images
     _, history = run_training(victim, trigger, batches[:1], epochs=1, align_weight=3.0, target=1, distort=distort)
-    student, triggered = copy.deepcopy(victim).train(), apply_patterns(shown, trigger.pattern[None])
-    expected = loss_by_hand(student, victim, victim, images, triggered, labels != 1, False, 0.5, 3.0, shown)
+    student, triggered = copy.deepcopy(victim).train(), apply_patterns(student_images, trigger.pattern[None])
+    expected = loss_by_hand(student, victim, victim, images, triggered, labels != 1, False, 0.5, 3.0, student_images)
     assert history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -14,7 +14,7 @@ from docs.tune_defenses import ROUNDS, SETTING, best_of, held_out_images, read_r
 from utils.errors import RunError, UserError
 
 CPU = torch.device("cpu")
-RATES = {"asr": 1.0, "floor": 1.0, "ra": 60.0}
+MEASURED_RATES = {"asr": 1.0, "floor": 1.0, "ra": 60.0}
 VICTIM = str(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar")
 
 
@@ -56,11 +56,11 @@ def test_settings_are_run_once_and_those_that_fail_leave_no_row(tmp_path, monkey
         used.append((name, options["lr"], options["schedule"], options["epochs"]))
         if options["lr"] > 0.02:
             raise RunError("not finite")
-        rows = [{"epoch": epoch, "acc": 80.0 + epoch} | RATES for epoch in range(1, 6)]
+        rows = [{"epoch": epoch, "acc": 80.0 + epoch} | MEASURED_RATES for epoch in range(1, 6)]
         return DefenseResult("student", rows if name == "ibau" else [], None)
 
     monkeypatch.setattr(tune_defenses, "run_defense", run_defense)
-    monkeypatch.setattr(tune_defenses, "evaluate", lambda *_, **__: {"acc": 70.0} | RATES)
+    monkeypatch.setattr(tune_defenses, "evaluate", lambda *_, **__: {"acc": 70.0} | MEASURED_RATES)
     words = ["--dataset", "shapes", "--clean", "20", "--model", VICTIM, "--device", "cpu", "--defense", "nc", "ibau"]
     monkeypatch.setattr(sys, "argv", ["tune_defenses", table, *words])
     with pytest.raises(UserError, match="nc needs a --target"):
