@@ -163,7 +163,8 @@ def test_a_clean_model_is_left_unchanged(script, folder, clean):
     assert "no backdoor was found" in done.stdout
     metrics = metrics_of(folder, "left")
     assert metrics["detected_label"] is metrics["worked_against"] is metrics["after"] is None
-    assert len(metrics["search"]) == 2 * 11 + 10  # pixels and warps, of each label and of any; waves
+    is_weak = metrics["search"][0]["weak_floor"] is not None  # after so short a training
+    assert len(metrics["search"]) == (11 if is_weak else 2 * 11 + 10)  # pixels, of each label and any; warps; waves
     assert not (folder / "weight" / "left.tar").exists()
     assert "no backdoor found" in (folder / "results" / "left" / "report.html").read_text()
 
@@ -210,7 +211,6 @@ def test_the_published_recipe_is_reachable(script, folder, victim):
         (("--model", "nowhere.tar"), 2, "no checkpoint at nowhere.tar"),
         (("--target_label", 3), 2, "states its attack"),
         (("--target", 10), 2, "--target 10 is not one of the labels 0..9"),
-        (("--clean", 20_000), 2, "--clean 20000 needs more images than the 10000"),
         (("--num_class", 3), 2, "--num_class 3 is too small"),
         (
             ("--target", 5, "--inversion_steps", 1, "--inversion_batches", 1),

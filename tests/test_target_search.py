@@ -196,7 +196,7 @@ def test_images_of_a_label_do_not_count_for_it(batches):
 def test_misclassified_images_do_not_count_for_any_other_label(batches):
     misclassified = [(x, (y + 1) % 8) for x, y in batches]
     scores = search(RedColumnModel(), misclassified, steps=3)
-    assert [score.hit_rate for score in scores if score.label == ANY_OTHER] == [0.0, 0.0]
+    assert [score.hit_rate for score in scores if score.label == ANY_OTHER] == [0.0]
 
 
 class ScriptedModel(torch.nn.Module):
