@@ -9,6 +9,7 @@ import torch
 from conftest import METADATA, ROOT
 
 from models import select_model
+from models.loading import load_clean_model
 from utils.checkpoint import check_data, find_weights, load_weights, read_checkpoint, save_checkpoint
 from utils.errors import RunError, UserError
 from utils.files import check_writable, write_csv, write_file, write_json
@@ -58,6 +59,9 @@ def test_images_that_a_checkpoint_was_not_trained_on_are_refused(model, tmp_path
     with pytest.raises(UserError, match="a.pth was trained on CIFAR10, not on shapes: pass --dataset CIFAR10"):
         check_data(checkpoint, "a.pth", (32, 32), "shapes")
     path = str(tmp_path / "a.pth")
+    save_checkpoint(path, model, **METADATA, image_size=64)
+    with pytest.raises(UserError, match="images of 64 pixels a side, these have 32"):
+        load_clean_model(path, 4, METADATA["normalization"], "cpu", "WRN-10-1", (32, 32), "")
     for name, value, expected in (("image_size", torch.ones(2), "a number of pixels"), ("dataset", 3, "a name")):
         save_checkpoint(path, model, **{**METADATA, name: value})
         with pytest.raises(UserError, match=f"a.pth: its {name} is not {expected}"):

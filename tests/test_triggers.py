@@ -123,9 +123,9 @@ def test_a_picture_file_is_resized(tmp_path):
 
 def test_a_missing_or_broken_picture_file_is_refused(tmp_path):
     (tmp_path / "b.png").write_text("none")
-    Image.new("L", (9, 9)).save(tmp_path / "d.png")
-    damaged = (tmp_path / "d.png").read_bytes().replace(b"IDAT", b"ID\x00T")  # a SyntaxError of Pillow
-    (tmp_path / "d.png").write_bytes(damaged)
+    Image.fromarray(torch.randint(256, (300, 300, 3), dtype=torch.uint8).numpy()).save(tmp_path / "d.png")
+    start, rest = (tmp_path / "d.png").read_bytes().rsplit(b"IDAT", 1)
+    (tmp_path / "d.png").write_bytes(start + b"ID\x00T" + rest)  # a SyntaxError of Pillow
     for name in ("b.png", "c.png", "d.png"):
         with pytest.raises(UserError, match="--trigger_image .*png cannot be read as an image"):
             blend_picture(SIZE, generator(1, ""), str(tmp_path / name))
