@@ -25,6 +25,7 @@ from main import load_victim
 from utils.cli import listed
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
+from utils.files import write_csv
 from utils.metrics import evaluate
 from utils.progress import Stopwatch
 from utils.reporting.tables import is_backdoored, text_table
@@ -124,10 +125,8 @@ def read_rows(table: str) -> list[dict]:
 
 
 def write_rows(table: str, rows: list[dict]):
-    with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*SETTING, *MEASURED], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **{part: f"{row[part]:.2f}" for part in MEASURED}} for row in rows)
+    """Write the rows with percentages of two decimals."""
+    write_csv(table, [{**row, **{part: f"{row[part]:.2f}" for part in MEASURED}} for row in rows])
 
 
 if __name__ == "__main__":
