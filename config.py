@@ -165,7 +165,7 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
     add("--seed", type=cli.int64, help="seed of poisoning, clean split, weights, batches and inversion")
     add("--device", choices=["auto", "cuda", "cpu"], help="auto: CUDA if available")
     add("--precision", choices=["auto", "fp32", "bf16"], help="of all but the evaluation; auto: bf16 where it is fast")
-    add("--print_freq", type=cli.count, help="measure ACC and ASR every so many epochs of training; 0: never")
+    add("--print_freq", type=cli.count, help="epochs between two measurements of ACC and ASR; 0: none in training")
     add("--tensorboard", action="store_true", help="also log these measurements for TensorBoard")
     if not training:
         add("--retune", type=cli.positive, nargs="+", metavar="K", help="also attack the result with K poisoned images")
@@ -189,7 +189,7 @@ def _add_attack(parser, training):
     add_own("trig_w", "width in pixels", type=cli.positive)
     add_own("trig_h", "height in pixels", type=cli.positive)
     add_own("opacity", "opacity of the picture", type=cli.fraction)
-    add_own("trigger_image", "file of the picture (default: a built-in one)", type=str)
+    add_own("trigger_image", "file of the picture; imageTrigger needs one, blendTrigger can draw one", type=str)
     add_own("delta", "amplitude in grey levels", type=cli.above_zero)
     add_own("warp", "strength s of the warp", type=cli.above_zero)
     if training:
@@ -233,7 +233,7 @@ def _add_defense(parser):
     add_own("positive", "model of the positive feature z+", choices=["auto", "finetuned", "backdoored"])
     add_own("finetune_epochs", "epochs of the fine-tuning stage", type=cli.positive)
     add_own("finetune_lr", "peak learning rate of the fine-tuning stage", type=cli.above_zero)
-    add_own("rounds", "students at most, each trained with the patterns that fooled the one before", type=cli.positive)
+    add_own("rounds", "students at most; a new one is trained with all patterns found so far", type=cli.positive)
     add_own("epochs", "epochs over the clean split", type=cli.positive)
     add_own("batch_size", "clean images per step", type=cli.positive)
     add_own("lr", "peak learning rate", type=cli.above_zero)

@@ -11,8 +11,8 @@ Additions to the paper; those with an option in brackets can be turned off:
 - the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
   shifted and mirrored (augment);
 - few clean images are mixed, each with a rectangle of another one: CutMix (augment);
-- where features keep their place in the image, the student sees images with an erased rectangle, since a trigger hides
-  a part of the image as well (augment);
+- where features depend on the position in the image, the student sees images with an erased rectangle, since a
+  trigger hides a part of the image as well (augment);
 - images of the target class are left out of the contrast (contrast);
 - the student's weights are averaged over the last steps (ema);
 - the last layer is made blind to the directions in which the trigger moves the victim's features, where clean images do
@@ -39,12 +39,12 @@ from utils.training import sgd_step, train
 
 FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the full rate
 # Clean images below which fine-tuning costs more than it gives: batch statistics of 100 take 1.5 points of accuracy. So
-# z+ is the victim's feature, what the student keeps of it counts twice, and the student sees mixed images. So few
-# labels also say little of how often a class occurs, so that the biases move less.
+# z+ is the victim's feature, the alignment weight is doubled, and the student sees CutMix images. So few labels also
+# say little about the frequency of a class, so the biases have a stronger prior.
 FEW_IMAGES = 1_000
 # Least mean cosine of the features of an image and its mirror image at which the two are averaged: pooled features
-# have 0.93 or more, features that keep their place in the image 0.35 to 0.6, and their average is neither's. Below it,
-# the student sees erased rectangles.
+# have 0.93 or more, features that depend on the position in the image 0.35 to 0.6, and their average is neither's.
+# Below it, the student sees erased rectangles.
 MIRROR_SIMILARITY = 0.8
 # Least mean cosine of the student's clean features and the positive ones. Where the student falls below, it is trained
 # again at a third of the rate: a WRN keeps 0.99 at the full rate, a ViT 0.94, and 0.99 only at a tenth.
@@ -74,16 +74,16 @@ def defend(
 ) -> DefenseResult:
     """The paper's steps: the clean-finetuned model, the inverted trigger, the student.
 
-    One small pattern is not always the whole trigger. So the student is inverted as the victim was: if it answers to
-    another small pattern, a new student is made from the victim, with all patterns found. If the last one does so, too,
-    that pattern is the trigger of the result: the check that every defense ends with fails on it.
+    One small pattern is not always the whole trigger. So the student is inverted as the victim was: if another small
+    pattern fools it, a new student is made from the victim, with all patterns found. If the last one is fooled too,
+    that pattern is the trigger of the result, so that the final check of the hit rate fails and nothing is saved.
 
     Args:
         positive: the model of the positive features z+: "finetuned" (f_F), "backdoored" (the victim), or "auto": the
             victim below FEW_IMAGES clean images, else f_F.
         align_weight: weight of the alignment loss, doubled below FEW_IMAGES clean images.
-        lr: peak rate of the student; it falls with the fifth root of the number of images below FULL_RATE_IMAGES, since
-            few images bear smaller steps only, and further where the network does not bear it (train_student_gently).
+        lr: peak rate of the student for FULL_RATE_IMAGES or more; below, it falls with the fifth root of the number of
+            images, and for a network whose features it moves too far by train_student_gently.
         contrast: images in the contrastive loss: "all", "others" without those of the target label, or "none", which
             leaves the alignment alone.
         calibration: "bias" fits the biases of the last layer to the labels, with a stronger prior below FEW_IMAGES
@@ -100,7 +100,7 @@ def defend(
         with context.clock("finetune"):
             schedule = {"mirror": mirror, "epochs": finetune_epochs, "lr": finetune_lr, **sgd}
             positive_model = clean_finetune(context.victim, context.train_batches, context.device, **schedule)
-    keeps_place = mirror and mirror_similarity(context.victim, context.plain_batches) < MIRROR_SIMILARITY
+    depends_on_position = mirror and mirror_similarity(context.victim, context.plain_batches) < MIRROR_SIMILARITY
     budget = inversion_steps, inversion_batches, sgd["precision"]
     trigger = context.invert(inversion_rounds, *budget)
     patterns, batches = context.training_patterns(trigger), context.train_batches
@@ -109,11 +109,11 @@ def defend(
     settings = {"temperature": temperature, "align_weight": 2 * align_weight if has_few else align_weight}
     settings |= {"contrast": contrast != "none", "target": context.target if contrast == "others" else None}
     settings |= {
-        "mirror": mirror and not keeps_place,
+        "mirror": mirror and not depends_on_position,
         "lr": lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5),
     }
     settings |= {"epochs": epochs, "monitor": context.monitor, **sgd}
-    if keeps_place:
+    if depends_on_position:
         settings["distort"] = partial(erase_rectangles, rng=generator(context.seed, "erasing"))
     for _ in range(rounds):
         with context.clock("purify"):
@@ -193,8 +193,8 @@ def clean_finetune(victim, batches, device, *, mirror, **training):
 def train_student_gently(context: DefenseContext, positive, patterns, batches, trigger, *, lr, align_weight, **options):
     """train_student at one of RATE_SHARES of the rate after another, until clean features stay near the positive ones.
 
-    A student at a lower rate that the trigger still turns does not count: the one before it is returned. Without the
-    alignment, nothing holds the features, and the full rate stays.
+    If the trigger works on a student of a lower rate, the one before it is returned. Without the alignment, nothing
+    holds the features, and the full rate stays.
 
     Args:
         trigger: the InvertedTrigger.

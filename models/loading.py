@@ -51,12 +51,12 @@ def load_classifier(checkpoint: dict, path: str, arch: str, num_class: int, norm
 
 
 def load_clean_model(path: str, num_class: int, normalization, device, arch: str, size, hint: str) -> Classifier:
-    """Load the clean model that an attack is built on (--surrogate), frozen, in eval mode, on the device.
+    """Load a clean model (--surrogate, --retune_reference), frozen, in eval mode, on the device.
 
     Args:
         arch, normalization: used if the checkpoint does not state them.
         size: (H, W) of the images.
-        hint: how to train a clean model, for the error message.
+        hint: what to do if there is no such file, for the error message.
 
     Raises:
         UserError: no such file, another number of classes or image size, or weights that do not fit.
@@ -66,7 +66,7 @@ def load_clean_model(path: str, num_class: int, normalization, device, arch: str
     checkpoint = read_checkpoint(path)
     found = checkpoint.get("num_class", num_class)
     if found != num_class:
-        raise UserError(f"the clean model {path} has {found} classes, but the attack is for {num_class}")
+        raise UserError(f"the clean model {path} has {found} classes, but the data has {num_class}")
     check_data(checkpoint, path, size)
     arch = checkpoint.get("recognised", arch)
     return load_classifier(checkpoint, path, arch, num_class, normalization, device, size)[0]

@@ -35,7 +35,10 @@ from utils.errors import RunError, UserError, run_script
             ["--target_type", "all2all", "--target_label", "3"],
             "--target_label applies only with --target_type all2one or cleanLabel",
         ),
-        (["--positive", "backdoored", "--finetune_lr", "0.1"], "--finetune_lr applies only with --positive finetuned"),
+        (
+            ["--positive", "backdoored", "--finetune_lr", "0.1"],
+            "--finetune_lr applies only with --positive auto or finetuned",
+        ),
         (
             ["--tensorboard", "--print_freq", "0"],
             "--tensorboard applies only with a training, and --print_freq from 1 to --epochs",

@@ -121,7 +121,7 @@ VICTIM, CLEAN, UNKNOWN = outcome(86.92, 100.0, 2.0), outcome(88.0, 1.0), outcome
 RUN = {"before": VICTIM, "after": outcome(86.49, 1.3), "defense": "mcl", "target_label": 5}
 FLOOR, VICTIM_FLOOR = "floor 1.50 %", "floor 2.00 %"
 LEFT = "No backdoor was found, and the model is left unchanged"
-TURNS, IMAGES = "the inverted trigger turns 99.00 ->", "0 % of the images"
+TURNS, IMAGES = "the inverted trigger works on 99.00 ->", "0 % of the images"
 LOSS = "That is a loss of 3.01 points of ACC."
 NOT_MEASURED = "ASR was not measured, because the trigger is unknown"
 

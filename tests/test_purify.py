@@ -51,12 +51,13 @@ def test_a_model_of_ones_own_class_is_purified_and_left_as_it_is(backdoored, cle
     before = state_vector(model).clone()
     images, labels = clean_images
     floats = images.permute(0, 3, 1, 2) / 255
-    result = purify(model, floats, labels, inversion_rounds=1, epochs=2, finetune_epochs=1, device="cpu")
+    short = {"inversion_rounds": 1, "rounds": 1, "epochs": 2, "finetune_epochs": 1}
+    result = purify(model, floats, labels, target=attack.target, device="cpu", **short)
     assert torch.equal(state_vector(model), before)
     assert type(result.model) is Wrapped
     assert result.target == attack.target
     assert result.purified is True
-    assert any(score.flagged and score.label == attack.target for score in result.search)
+    assert result.search is None
     assert len(result.history) == 2
     assert result.accuracy["before"] > 99
     assert result.accuracy["after"] > 97

@@ -13,6 +13,7 @@ from conftest import ROOT
 from defenses import DEFENSE_FUNCTIONS
 from utils.reporting.tables import verdict
 
+pytestmark = pytest.mark.xdist_group("scripts")  # one process: the victim is trained once
 # A trigger of 25 pixels and a fifth of the images poisoned: small enough a training for a test, and still a backdoor.
 VICTIM = (
     *("--dataset", "shapes", "--arch", "WRN-10-1", "--device", "cpu", "--print_freq", 0),
@@ -114,8 +115,8 @@ def test_a_run_without_measurements_has_no_curves_and_says_so(folder, victim):
 
 
 def test_a_purification_that_fails_says_so_and_saves_no_weights(script, folder, victim):
-    words = (*DEFENSE, *output_options(folder), "--model", victim, "--target", 5, "--name", "failed")
-    done = script("main.py", *words, "--lr", 1e-7, "--inversion_rounds", 1, "--epochs", 1, "--finetune_lr", 1e-7)
+    words = "--target 5 --lr 1e-7 --inversion_rounds 1 --rounds 1 --epochs 1 --finetune_lr 1e-7 --name failed"
+    done = script("main.py", *DEFENSE, *output_options(folder), "--model", victim, *words.split())
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: the inverted trigger still works after the defense")
     metrics = metrics_of(folder, "failed")
@@ -197,10 +198,8 @@ def test_a_comparison_interrupted_and_resumed_ends_as_one_left_alone(script, fol
 
 def test_the_published_recipe_is_reachable(script, folder, victim):
     words = "--positive backdoored --contrast all --align_weight 0 --augment none --ema 0 --schedule steps --epochs 1"
-    words += " --inversion_steps 20 --target 5"
-    done = script(
-        "main.py", *DEFENSE, *output_options(folder), "--model", victim, "--name", "published", *words.split()
-    )
+    words += " --inversion_rounds 1 --inversion_steps 20 --rounds 1 --target 5 --name published"
+    done = script("main.py", *DEFENSE, *output_options(folder), "--model", victim, *words.split())
     assert done.returncode == 0, done.stderr
     assert metrics_of(folder, "published")["trigger"]["hit_rate"] >= 90
 
@@ -275,9 +274,8 @@ def test_the_attack_sheet_has_a_row_for_each_trigger(script, tmp_path, clean):
 def test_a_shipped_victim_measures_what_its_checkpoint_states(script, tmp_path, shipped, request):
     if shipped == "CIFAR10":
         os.environ["MCL_DATA_ROOT"] = request.getfixturevalue("cifar_root")
-    done = script(
-        "main.py", "--dataset", shipped, "--defense", "none", "--log_root", tmp_path / "results", "--name", "x"
-    )
+    words = ("--dataset", shipped, "--defense", "none", "--log_root", tmp_path / "results", "--name", "x")
+    done = script("main.py", *words)
     assert done.returncode == 0, done.stderr
     measured = metrics_of(tmp_path, "x")["before"]
     stated = torch.load(metrics_of(tmp_path, "x")["model"], weights_only=True)["metrics"]

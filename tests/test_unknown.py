@@ -10,8 +10,10 @@ from attacks import UnknownAttack
 from data_loader import get_eval_set
 from utils.metrics import evaluate
 
+pytestmark = pytest.mark.xdist_group("unknown")  # one process: the defense runs once
+
 DEFENSE = ("--dataset", "shapes", "--device", "cpu", "--ratio", 0.128, "--print_freq", 0)
-QUICK = ("--target", 5, "--inversion_rounds", 1, "--finetune_epochs", 1, "--epochs", 1)
+QUICK = ("--target", 5, "--inversion_rounds", 1, "--rounds", 1, "--finetune_epochs", 1, "--epochs", 1)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_what_is_not_known_is_null(unknown):
     assert metrics["inverted_hit_rate"]["after"] < 10
     assert metrics["purified"] is True
     assert "gridTrigger" not in output + (folder / "x" / "report.html").read_text()
-    assert "the inverted trigger turns " in output.splitlines()[-1]
+    assert "the inverted trigger works on " in output.splitlines()[-1]
 
 
 def test_only_the_inverted_trigger_is_drawn(unknown):

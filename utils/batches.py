@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from utils.seed import generator
 
-CLEAN_PADDING = 2  # of the defender's crops: its positive model may never have seen a shifted image
+CLEAN_PADDING = 2  # of the defender's crops, in place of the usual 4: the victim may never have seen a shifted image
 ERASED_SHARE, ERASED_SIDES = 0.5, (1 / 16, 1 / 4)  # of the images, of an image's sides
 EPOCH_IMAGES = 1_280  # of the defender, at least: fewer clean images are repeated, so that the steps do not fall
 
@@ -102,7 +102,7 @@ class CutMixBatches:
     """Batches whose images have a rectangle of another image of the batch (CutMix, Yun et al., ICCV 2019).
 
     A side of the rectangle is a quarter to three quarters of the image's. An image keeps its label, or has `label` if
-    one of the two has it.
+    one of the two has it: the contrast leaves out what shows a part of the target class.
     """
 
     def __init__(self, batches, label, rng):

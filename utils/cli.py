@@ -109,7 +109,7 @@ def is_comparison(options: argparse.Namespace) -> bool:
 
 
 # Options valid only in combination with another: (condition in words, predicate).
-_FINETUNED = ("--positive finetuned", lambda opt: len(listed(opt.defense)) > 1 or opt.positive != "backdoored")
+_FINETUNED = ("--positive auto or finetuned", lambda opt: len(listed(opt.defense)) > 1 or opt.positive != "backdoored")
 _DEFENDS = ("a --defense other than none", lambda opt: getattr(opt, "defense", None) != "none")
 _POISONS = ("--inject_portion above 0", lambda opt: opt.inject_portion > 0)
 OPTION_CONDITIONS = {

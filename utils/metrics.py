@@ -30,8 +30,8 @@ def compute_metrics(clean: torch.Tensor, triggered: torch.Tensor, labels: torch.
         acc_published: accuracy on the clean images outside the target class (MCL's table; all images for all2all).
         asr: percentage of the M triggered images predicted as their attack label.
         ra: percentage of the M triggered images predicted as their true label (recovery accuracy).
-        floor: percentage of the same M images predicted as their attack label without the trigger: the ASR of a model
-            without a backdoor.
+        floor: percentage of the same M images predicted as their attack label without the trigger: the ASR if the
+            trigger had no effect.
         per_class: accuracy on the clean images of each class, list of K.
     """
     attackable = attack.attackable(labels)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from defenses.inversion.patterns import apply_patterns
 
 ANY_OTHER = -1  # in place of a target label: any label but an image's own, as an all2all backdoor needs
-HIT_RATE = 0.9  # fraction of images predicted as the target from which a pattern works
+HIT_RATE = 0.9  # a pattern works if at least this fraction of the images is predicted as the target
 RAISE, LOWER = 1.5, 1.5**1.5  # factors of the penalty's weight (Tao et al., CVPR 2022)
 
 

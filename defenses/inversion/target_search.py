@@ -23,14 +23,14 @@ from utils.progress import progress_bar
 STEPS = 50  # batches
 MICRO_BATCH = 16  # images an update: more updates for the same number of images find smaller patterns
 UNTARGETED_START = 0.3  # scale of ANY_OTHER's start: at 1 the noise alone turns every image
-# Of more than so many labels, the PROMISING ones with the smallest patterns are searched in full, and a sample of the
-# others to compare them with; all share the first steps, on half of the images. After 20 steps the target labels of six
-# victims of ten classes have the smallest patterns; after 12, that of the paper's is the last of ten.
+# Of more than FULL_SEARCHES labels, the PROMISING ones with the smallest patterns are searched in full, and a sample of
+# the others to compare them with; all share the first steps, on half of the images. After 20 steps the target labels of
+# six victims of ten classes have the smallest patterns; after 12, that of the paper's is the last of ten.
 FULL_SEARCHES, PROMISING, FIRST_STEPS = 10, 4, 20
 TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate are averaged
 SUSPECTS = 2  # labels inverted in full if none is flagged
-# Waves of up to so many cycles a side are tried. The best of them turns at most 72 % of the images of models without a
-# wave or a warp as their trigger; of up to 8 cycles, 92 %. SIG's own wave has 6, so the limit is not independent of it.
+# Waves of up to LOW_CYCLES cycles a side are tried. The best of them turns at most 72 % of the images of models without
+# a wave or a warp as their trigger; of up to 8 cycles, 92 %. SIG's own wave has 6, so the limit depends on it.
 LOW_CYCLES = 6
 FIRST_WAVE_IMAGES, WAVE_IMAGES, WAVE_CANDIDATES = 25, 200, 3  # for all waves, and for the best ones of each label
 # Patterns in one forward pass. On a CPU one keeps to the cache (ten took three times as long); many fill a GPU, but all

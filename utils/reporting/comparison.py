@@ -37,7 +37,7 @@ def columns_of(rows: list[dict]) -> dict[str, tuple]:
 def mean_rows(rows: list[dict]) -> list[dict]:
     """One row for each victim and defense: means over its seeds and, under "sd", standard deviations (one seed: 0).
 
-    The backdoor counts as removed if it is in every seed.
+    A backdoor counts as removed only if every seed removed it.
     """
     groups, means = {}, []
     for row in rows:

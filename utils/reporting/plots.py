@@ -20,9 +20,9 @@ LINES = {  # metric -> the colour of the images that it is measured on, marker a
 }
 CAPTIONS = {
     "trigger.png": "The trigger on a test image, pixel by pixel.",
-    "features.png": "Pooled features g(x) of test images, scaled to length 1 because MCL's loss sees only directions, "
-    "on two principal components; in brackets, the fraction of a panel's variance along each. Triggered images carry "
-    "the true trigger.",
+    "features.png": "Features g, the input of the last linear layer, of test images, scaled to length 1 because MCL's "
+    "loss sees only directions, on two principal components; in brackets, the fraction of a panel's variance along "
+    "each. Triggered images carry the true trigger.",
     "curves.png": "Metrics by epoch, on a monitor set of training images; the test images are not used.",
     "per_class.png": "Accuracy on the clean test images of each class.",
 }
@@ -72,7 +72,7 @@ def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=
     added, alts = COMPARED_CAPTIONS if "after" in models else {}, _alternative_texts(metrics, measured, trigger)
     pictures = [Picture(name, CAPTIONS[name] + added.get(name, ""), alts[name]) for name in paths]
     if history and not has_curves:
-        pictures.append(Picture(None, "There are no curves: --print_freq left no epoch to measure."))
+        pictures.append(Picture(None, "There are no curves: by --print_freq no epoch was measured."))
     return pictures
 
 

@@ -10,7 +10,7 @@ METRICS = {  # key -> label, meaning; all in percent
     "floor": ("floor", "their clean versions predicted as the target label"),
 }
 MARGIN = 1.0  # points of ASR above the floor that may be noise; more is a backdoor
-MAX_LOSS = 3.0  # points of ACC that a defense may cost without a word of the verdict
+MAX_LOSS = 3.0  # points of ACC; the verdict mentions a larger loss
 
 
 def is_missing(value) -> bool:
@@ -126,7 +126,7 @@ def verdict(metrics: dict) -> str:
     price = f" That is a loss of {loss:.2f} points of ACC." if loss > MAX_LOSS else ""
     if metrics.get("inverted_hit_rate"):
         rates = " -> ".join(format_cell(rate) for rate in metrics["inverted_hit_rate"].values())
-        inverted = f"; the inverted trigger turns {rates} % of the images"
+        inverted = f"; the inverted trigger works on {rates} % of the images"
     claim = claims[True] if metrics.get("purified") is False else claims[backdoored]
     if backdoored is None:
         return f"{claim}{inverted}; ASR was not measured, because the trigger is unknown; ACC {acc} %.{price}"
