@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from defenses.base import DefenseContext, DefenseResult
+from utils.errors import UserError
 from utils.seed import generator
 from utils.training import sgd_step
 
@@ -26,8 +27,13 @@ def defend(context: DefenseContext, *, alpha, **training) -> DefenseResult:
         alpha: weight of the inner product of the two last layers; published: 0.1 to 0.2, which outweighs the labels if
             ||w_victim||^2 is large (334 for the WRN-16-1 of the MCL paper).
         training: arguments of utils.training.train.
+
+    Raises:
+        UserError: the last layer's weight is computed from other parameters.
     """
     student = context.new_student()
+    if not isinstance(student.head.weight, torch.nn.Parameter):
+        raise UserError("fst redraws the last layer's weight, which this network computes from other parameters")
     reinit_head(student.head, generator(context.seed, "fst"))
     weight, victim_weight = student.head.weight, context.victim.head.weight
 

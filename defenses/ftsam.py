@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from defenses.base import DefenseContext, DefenseResult
+from utils.training import trained_parameters
 
 LABEL_SMOOTHING = 0.1
 
@@ -35,8 +36,12 @@ def frozen_bn_stats(model):
 
 
 def step_at_offsets(model, offsets: list[torch.Tensor], optimizer, loss_of) -> torch.Tensor:
-    """Take an optimizer step with the gradient of loss_of() at the weights plus the offsets; returns that loss."""
-    weights = list(model.parameters())
+    """Take an optimizer step with the gradient of loss_of() at the weights plus the offsets; returns that loss.
+
+    Args:
+        offsets: one for each trained parameter of the model.
+    """
+    weights = trained_parameters(model)
     original = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, offset in zip(weights, offsets, strict=True):
@@ -60,7 +65,7 @@ def defend(context: DefenseContext, *, rho, **training) -> DefenseResult:
         training: arguments of utils.training.train.
     """
     student = context.new_student()
-    weights = list(student.parameters())
+    weights = trained_parameters(student)
 
     def update(optimizer, loss_of):
         loss = loss_of()

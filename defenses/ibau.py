@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from defenses.base import DefenseContext, DefenseResult
 from utils.device import autocast
 from utils.progress import progress_bar
-from utils.training import end_epoch
+from utils.training import end_epoch, trained_parameters
 
 INNER_LR, INNER_PENALTY, RADIUS = 10.0, 1e-3, 10.0  # of d: SGD's learning rate, weight of ||d||^2, largest L2 norm
 CONTRACTION, ITERATIONS = 0.1, 5  # step of the fixed-point map, terms of the series for its inverse
@@ -75,7 +75,7 @@ def defend(context: DefenseContext, *, epochs, lr, precision) -> DefenseResult:
     """
     student = context.new_student().eval()
     batches, device = context.train_batches, context.device
-    weights, history = list(student.parameters()), []
+    weights, history = trained_parameters(student), []
     optimizer, bar = torch.optim.Adam(weights, lr), progress_bar("ibau", epochs * len(batches), "batch")
     # Of the ways to compute attention, only this one has second derivatives.
     with context.clock("purify"), bar, sdpa_kernel(SDPBackend.MATH):

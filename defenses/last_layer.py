@@ -41,8 +41,10 @@ def make_blind(model, directions, batches) -> bool:
         batches: clean (images, labels), to measure the cost on.
 
     Returns:
-        whether the layer was changed.
+        whether the layer was changed; a weight that is computed from others (weight normalisation) is not.
     """
+    if not isinstance(model.head.weight, torch.nn.Parameter):
+        return False
     weight, hits, seen = model.head.weight, torch.zeros(2, device=directions.device), 0
     with torch.no_grad():
         blind = weight - weight @ directions.T @ directions

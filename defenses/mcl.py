@@ -34,6 +34,7 @@ from defenses.base import DefenseContext, DefenseResult
 from defenses.inversion import HIT_RATE, PatternApplier
 from defenses.last_layer import calibrate, make_blind, trigger_directions
 from utils.batches import CutMixBatches, erase_rectangles
+from utils.errors import UserError
 from utils.seed import generator
 from utils.training import sgd_step, train
 
@@ -92,8 +93,11 @@ def defend(
         sgd: arguments of utils.training.train that fine-tuning and purification share.
 
     Raises:
+        UserError: the network has no weights but those of its last layer.
         RunError: no pattern turns the clean images into the target label.
     """
+    if len([*context.victim.parameters()]) == len([*context.victim.head.parameters()]):
+        raise UserError("mcl trains features, and this network has no weights in front of its last layer")
     positive_model, mirror = context.victim, context.augmented and context.mirrored
     has_few = context.image_count < FEW_IMAGES
     if positive == "finetuned" or (positive == "auto" and not has_few):

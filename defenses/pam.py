@@ -26,10 +26,10 @@ def defend(context: DefenseContext, *, rho, **options) -> DefenseResult:
         rho: that distance, the L2 norm over all weights; above 0.
         options: of the inversion and of the training, as for defenses.nc, whose errors are the same.
     """
-    victim_weights = list(context.victim.parameters())
 
     def make_update(student):
-        weights = list(student.parameters())
+        pairs = zip(student.parameters(), context.victim.parameters(), strict=True)
+        weights, victim_weights = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
 
         def update(optimizer, loss_of):
             with torch.no_grad():

@@ -26,7 +26,6 @@ from utils.errors import RunError, UserError, did_you_mean
 from utils.metrics import percent, predict
 from utils.progress import Stopwatch
 from utils.seed import generator
-from utils.training import SCHEDULES
 
 # A new defense is a file in this folder, an entry here, and a recipe in config.DEFENSES.
 DEFENSE_FUNCTIONS = {
@@ -70,6 +69,7 @@ class PurifyResult(NamedTuple):
     history: list[dict]
 
 
+@torch.enable_grad()
 def purify(
     model: nn.Module,
     images: torch.Tensor,
@@ -99,8 +99,11 @@ def purify(
         RunError: the training failed, or no pattern turns the images into the target label.
     """
     recipe, device = _recipe(defense, target, options), pick_device(device)
-    data = _checked(images, labels)
-    victim = Classifier(copy.deepcopy(model)).to(device, memory_format=torch.channels_last)
+    data = _checked(torch.as_tensor(images), torch.as_tensor(labels))
+    try:
+        victim = Classifier(copy.deepcopy(model)).to(device)
+    except Exception as error:  # noqa: BLE001 - the code of others can raise anything
+        raise UserError(f"the model cannot be copied: {error}; run it once under torch.no_grad() before") from None
     num_class = victim.find_head(type(model).__name__, None, tuple(data.images.shape[1:3]))
     victim.eval().requires_grad_(False)
     if int(data.labels.max()) >= num_class:
@@ -123,7 +126,9 @@ def purify(
     rates = [found.rate_on(student, batches, label) for label, found in triggers.items()]
     purified = max(rates) <= MAX_HIT_RATE if triggers else None
     models = {"before": victim, "after": student}
-    accuracy = {name: percent(predict(model, batches) == data.labels) for name, model in models.items()}
+    accuracy = {name: percent(predict(classifier, batches) == data.labels) for name, classifier in models.items()}
+    for trained, own in zip(student.network.parameters(), model.parameters(), strict=True):
+        trained.requires_grad_(own.requires_grad)
     model, trigger = None if purified is False else student.network, triggers.get(target)
     return PurifyResult(model, target, scores, trigger, purified, accuracy, history)
 
@@ -189,8 +194,9 @@ def _recipe(defense, target, options):
     recipe |= options | ({"target": target} if "target" in recipe else {})
     if "target" in recipe and target is None:
         raise UserError(f"{defense} needs a target: 'auto', 'any' or a label")
-    if recipe.get("schedule", "cosine") not in SCHEDULES:
-        raise UserError(f"no schedule named {recipe['schedule']!r}{did_you_mean(recipe['schedule'], SCHEDULES)}")
+    flags = [f"--{name}" for name, value in options.items() if value is True]
+    values = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, bool)]
+    config.parse("main.py", ["--defense", defense, *flags, *values])  # checks choices and ranges
     return recipe
 
 

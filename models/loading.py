@@ -16,9 +16,9 @@ def load_model(weights: dict, path: str, arch: str, num_class: int, mean, std, s
         UserError: the weights do not fit; the message names the architecture and number of classes that the file
             appears to hold.
     """
-    # Shapes are compared before memory is allocated for sizes that a checkpoint claims. Code of the user's own claims
-    # none, and may read values, which "meta" does not have.
-    with torch.device("cpu" if runs_a_file(arch) else "meta"):
+    # Shapes are compared before memory is allocated for sizes that a checkpoint claims. The code of others takes none
+    # from it, and may read values, which "meta" does not have.
+    with torch.device("cpu" if ":" in arch else "meta"):
         check_fit(select_model(arch, num_class), weights, path, f"{arch} with {num_class} classes", _fit_hint(weights))
     model = select_model(arch, num_class, mean, std)
     load_weights(model, weights, path, arch)

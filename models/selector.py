@@ -1,5 +1,6 @@
 """select_model builds an architecture by its name; Classifier gives any network what a defense needs of it."""
 
+import copy
 import importlib.util
 import inspect
 import os
@@ -8,6 +9,7 @@ import sys
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -45,7 +47,27 @@ class Classifier(nn.Module):
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.network = network
-        self.head_name, self.memory_format = head, torch.channels_last
+        self.head_name, self.memory_format, self.image_size = head, torch.channels_last, None
+        # Frozen layers are trained, since the backdoor may be in them; other frozen parameters are not weights.
+        self.constants = {
+            name
+            for name, parameter in self.named_parameters()
+            if not (parameter.requires_grad or (parameter.is_floating_point() and name.endswith(("weight", "bias"))))
+        }
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """Freeze all parameters, or have all but the constants trained."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in self.constants)
+        return self
+
+    def __deepcopy__(self, memo):
+        """A copy; what the network keeps of its last pass would have a graph, which torch cannot copy."""
+        if self.image_size is not None:
+            self._probe(self._images())
+        duplicate = memo[id(self)] = self.__new__(type(self))
+        vars(duplicate).update(copy.deepcopy(vars(self), memo))
+        return duplicate
 
     @property
     def head(self) -> nn.Linear:
@@ -64,36 +86,61 @@ class Classifier(nn.Module):
             the number of logits.
 
         Raises:
-            UserError: the network fails on them, returns no (B, num_class) logits, or has no such layer at its end.
+            UserError: the network fails on them, returns no finite (B, num_class) logits, has no such layer at its end,
+                or gives the images no gradient.
         """
-        was_training, images = self.training, torch.zeros(2, 3, *size, device=next(self.parameters()).device)
+        if next(self.parameters(), None) is None:
+            raise UserError(f"{name} has no parameters")
+        self.image_size = size
         for layout in (torch.channels_last, torch.contiguous_format):  # x.view(len(x), -1) needs the latter
             self.memory_format = layout
-            self.to(memory_format=layout)
             try:
-                logits, runs = self._probe(images)
+                logits, runs = self.to(memory_format=layout)._probe(self._images())
                 break
             except Exception as error:  # noqa: BLE001 - the code of others can raise anything
                 reason = _reason(error)
         else:
             raise UserError(f"{name} fails on images of {size[0]}x{size[1]} pixels: {reason}")
-        self.train(was_training)
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         if len(shape) != 2 or shape != (2, num_class or shape[1]):
             raise UserError(f"{name} returns {shape} for 2 images, not logits of shape (2, {num_class or 'K'})")
-        num_class = shape[1]
-        last, output = runs[-1] if runs else ("", None)
-        if output is None or not torch.equal(output, logits):
-            raise UserError(f"{name} does not end with a linear layer of {num_class} logits, which MCL's features need")
-        self.head_name = last
-        return num_class
+        if not logits.isfinite().all():
+            raise UserError(f"{name} returns numbers that are not finite")
+        if not runs or not torch.equal(runs[-1][1], logits) or not torch.allclose(runs[-1][2], logits, 1e-3, 1e-3):
+            raise UserError(f"{name} does not end with a linear layer of {shape[1]} logits, which MCL's features need")
+        self.head_name = runs[-1][0]
+        if not self._has_gradient():
+            raise UserError(
+                f"{name} gives images no gradient, without which no trigger is found: torch.no_grad, detach?"
+            )
+        return shape[1]
+
+    def _images(self):
+        """Two random images: constant ones would have no spread to divide by."""
+        images = torch.rand(2, 3, *self.image_size, generator=torch.Generator().manual_seed(0))
+        return images.to(next(self.parameters()).device)
 
     def _probe(self, images):
-        """The output for some images, and of each linear layer that runs its name and its output."""
+        """The output for some images, and of each linear layer that runs its name, its output, and W z + b."""
         names = {module: name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)}
         runs = []
-        with torch.no_grad(), _hooked(names, lambda layer, _, output: runs.append((names[layer], output))):
-            return self.eval().network(self.normalize(images).contiguous(memory_format=self.memory_format)), runs
+
+        def record(layer, inputs, output):  # a copy: the network may change its logits in place
+            runs.append((names[layer], output.clone(), F.linear(inputs[0], layer.weight, layer.bias)))
+
+        with torch.no_grad(), _evaluating(self), _hooked(names, record):
+            return self.network(self.normalize(images).contiguous(memory_format=self.memory_format)), runs
+
+    def _has_gradient(self):
+        """Whether the features depend on the images by a gradient, which inversion follows."""
+        images = self._images().requires_grad_()
+        with torch.enable_grad(), _evaluating(self):
+            features = self.features(images)
+            if not features.requires_grad:
+                return False
+            weights = torch.rand(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
+            (gradient,) = torch.autograd.grad((features * weights).sum(), images, allow_unused=True)
+        return gradient is not None and bool(gradient.any())
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images in [0, 1] -> (B, D) features, the input of the last linear layer: the paper's g(x).
@@ -119,7 +166,8 @@ class Classifier(nn.Module):
 
         def record(_, inputs, output):
             maps.pop(output.shape[2:], None)  # the last resolution comes last
-            maps[output.shape[2:]] = output.float()
+            if output[0, 0].numel() > 1:  # squeeze-and-excitation is no resolution
+                maps[output.shape[2:]] = output.float()
 
         with _hooked([module for module in self.network.modules() if isinstance(module, nn.Conv2d)], record):
             logits = self(x)
@@ -131,7 +179,22 @@ class Classifier(nn.Module):
         """(B, 3, H, W) images in [0, 1] -> (B, num_class) logits, float32 under autocast as well."""
         logits = self.network(self.normalize(x).contiguous(memory_format=self.memory_format))
         # In training, torchvision's GoogLeNet and Inception return those of auxiliary classifiers, too.
-        return (logits[0] if isinstance(logits, tuple) else logits).float()
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        if not isinstance(logits, torch.Tensor):
+            raise UserError(f"in training the network returns a {type(logits).__name__}, not logits")
+        return logits.float()
+
+
+@contextmanager
+def _evaluating(model):
+    """Put a model into eval mode, and each of its modules back into its own."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager
@@ -173,7 +236,8 @@ def select_model(arch: str, num_class: int, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0,
         hint = did_you_mean(arch, ["WRN-16-1", *RESNETS])
         known = f"WRN-<depth>-<width>, {', '.join(RESNETS)}, torchvision:NAME, timm:NAME or FILE.py:NAME"
         raise UserError(f"unknown architecture {arch!r}; use {known}{hint}")
-    return Classifier(network, mean, std, head).to(memory_format=torch.channels_last)
+    model = Classifier(network, mean, std, head)
+    return model.to(memory_format=torch.channels_last) if head else model
 
 
 def _build(arch, source, name, num_class):

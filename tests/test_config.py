@@ -14,6 +14,8 @@ from utils import cli
 from utils.device import pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
 
+OUT_OF_MEMORY = "out of memory; try a lower --batch_size, smaller images, or another --device"
+
 
 @pytest.mark.parametrize(
     ("words", "error"),
@@ -67,11 +69,12 @@ from utils.errors import RunError, UserError, run_script
 )
 def test_an_option_that_does_not_apply_is_one_line_and_exit_code_2(words, error, capsys):
     with pytest.raises(SystemExit) as ended:
-        config.parse("main.py", words)
+        run_script(lambda: config.parse("main.py", words))
     message = capsys.readouterr().err
     assert ended.value.code == 2
     assert error in message
     assert message.startswith("error: ")
+    assert message.endswith(" (see python main.py --help)\n")
     assert message.count("\n") == 1
 
 
@@ -91,20 +94,18 @@ def test_a_trigger_sets_its_label_mode_poison_rate_and_strength():
     assert config.parse("train_badnet.py", ["--target_type", "all2all"])[0].inject_portion == 0.2
 
 
-def test_a_clean_model_has_no_options_of_poisoned_images(capsys):
+def test_a_clean_model_has_no_options_of_poisoned_images():
     words = ["--trigger_type", "wanetTrigger", "--inject_portion", "0"]
     assert config.parse("train_badnet.py", words)[0].inject_portion == 0
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--noise_ratio applies only with --inject_portion above 0"):
         config.parse("train_badnet.py", [*words, "--noise_ratio", "1"])
-    assert "--noise_ratio applies only with --inject_portion above 0" in capsys.readouterr().err
 
 
-def test_adamw_has_no_momentum(capsys):
+def test_adamw_has_no_momentum():
     assert config.parse("train_badnet.py", ["--optimizer", "adamw"])[0].optimizer == "adamw"
     assert config.parse("train_badnet.py", ["--momentum", "0.5"])[0].momentum == 0.5
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--momentum applies only with --optimizer sgd"):
         config.parse("train_badnet.py", ["--optimizer", "adamw", "--momentum", "0.5"])
-    assert "--momentum applies only with --optimizer sgd" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["main.py", "train_badnet.py"])
@@ -161,9 +162,17 @@ def test_several_defenses_are_compared_each_once():
         (UserError("two\nlines"), 2, "two lines"),
         (RunError("no"), 1, "no"),
         (KeyboardInterrupt(), 130, "stopped; go on"),
-        (MemoryError(), 1, "out of memory; lower --batch_size"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory; lower --batch_size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory; lower --batch_size"),
+        (MemoryError(), 1, OUT_OF_MEMORY),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            1,
+            OUT_OF_MEMORY,
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            OUT_OF_MEMORY,
+        ),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(error, code, message, capsys):

@@ -137,7 +137,7 @@ def test_an_attack_is_not_assumed_from_its_label(option):
         (LABELS, {"target": 3}, "a label from 0 to 2, not 3"),
         (LABELS, {"target": "2"}, "a label from 0 to 2, not '2'"),
         (LABELS, {"target": None}, "mcl needs a target"),
-        (LABELS, {"schedule": "cosin"}, "no schedule named 'cosin'; did you mean cosine"),
+        (LABELS, {"schedule": "cosin"}, "invalid choice: .cosin.; did you mean cosine"),
     ],
 )
 def test_purify_refuses_what_does_not_fit(labels, options, message):

@@ -126,7 +126,7 @@ def recognise(weights: dict) -> tuple[str | None, int | None]:
         a name for select_model, or None if it is not known here; the number of classes, or None if there is no last
         layer.
     """
-    head, stem = weights.get("fc.weight", weights.get("linear.weight")), weights.get("conv1.weight")
+    head = weights.get("fc.weight", weights.get("linear.weight"))
     num_class = len(head) if head is not None and head.dim() == 2 else None
     wide = weights.get("block1.layer.0.conv1.weight")
     if wide is not None and wide.dim() == 4 and "fc.weight" in weights and len(wide) % 16 == 0:
@@ -136,7 +136,8 @@ def recognise(weights: dict) -> tuple[str | None, int | None]:
     resnet = RESNETS.get((*blocks, "layer1.0.conv3.weight" in weights))
     if resnet == "resnet18" and "linear.weight" in weights:
         return "ResNet18" if "bn1.weight" in weights else "PreActResNet18", num_class
-    if resnet and "fc.weight" in weights and stem is not None and stem.shape == (64, 3, 7, 7):
+    stems = [getattr(weights.get(name), "shape", None) for name in ("conv1.weight", "layer1.0.conv2.weight")]
+    if resnet and "fc.weight" in weights and stems == [(64, 3, 7, 7), (64, 64, 3, 3)]:  # others: ResNeXt, wide
         return f"torchvision:{resnet}", num_class
     return None, num_class
 

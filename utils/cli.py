@@ -4,14 +4,14 @@ import argparse
 import math
 from collections.abc import Callable
 
-from utils.errors import did_you_mean
+from utils.errors import UserError, did_you_mean
 
 # option that selects a method -> method -> the method's options and their defaults
 Methods = dict[str, dict[str, dict]]
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose help opens with the description, and whose errors are one line with exit code 2."""
+    """An ArgumentParser whose help opens with the description, and whose errors are UserErrors."""
 
     def __init__(self, **settings):
         super().__init__(usage=argparse.SUPPRESS, formatter_class=_HelpFormatter, **settings)
@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {choices})")
 
     def error(self, message):
-        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
+        raise UserError(f"{message} (see python {self.prog} --help)")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -14,8 +14,10 @@ def pick_device(name: str) -> torch.device:
     """auto, cpu or cuda -> a device; auto takes CUDA if available.
 
     Raises:
-        UserError: cuda was requested but is not available.
+        UserError: another name, or cuda was requested but is not available.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be 'auto', 'cpu' or 'cuda', not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu or auto")
     if name == "auto":

@@ -36,7 +36,7 @@ def run_script(main, interrupted_hint: str = "files written so far are complete"
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        sys.exit(_print_error("out of memory; lower --batch_size", 1))
+        sys.exit(_print_error("out of memory; try a lower --batch_size, smaller images, or another --device", 1))
 
 
 def did_you_mean(word: str, known) -> str:

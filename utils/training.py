@@ -101,7 +101,7 @@ def train(
         UserError: the state to resume belongs to another training.
     """
     steps = epochs * len(batches)
-    optimizer = OPTIMIZERS[optimizer](model.parameters(), lr, momentum, weight_decay)
+    optimizer = OPTIMIZERS[optimizer](trained_parameters(model), lr, momentum, weight_decay)
     scheduler = SCHEDULES[schedule](optimizer, lr, steps)
     average = AveragedModel(model, multi_avg_fn=_moving_average(ema), use_buffers=True) if ema else None
     components = {"optimizer": optimizer, "scheduler": scheduler} | ({"average": average} if average else {})
@@ -142,6 +142,11 @@ def finetune(model, batches, device, *, title="finetune", **training):
 
     history = train(student, batches, loss_of, device, title=title, **training)
     return student.eval(), history
+
+
+def trained_parameters(model) -> list[torch.nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def set_training_mode(model, dropout: bool) -> None:
@@ -222,4 +227,5 @@ def _restore(state, components, generators, epochs):
 
 
 def _is_finite(model):
-    return bool(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all())
+    statistics = [value for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in (*model.parameters(), *statistics)]).all())

@@ -33,8 +33,8 @@ SUSPECTS = 2  # labels inverted in full if none is flagged
 # a wave or a warp as their trigger; of up to 8 cycles, 92 %. SIG's own wave has 6, so the limit depends on it.
 LOW_CYCLES = 6
 FIRST_WAVE_IMAGES, WAVE_IMAGES, WAVE_CANDIDATES = 25, 200, 3  # for all waves, and for the best ones of each label
-# Patterns in one forward pass. On a CPU one keeps to the cache (ten took three times as long); many fill a GPU, but all
-# patterns of a model of many classes would not fit into its memory.
+# Patterns in one forward pass, of 32x32 pixels; fewer of more. On a CPU one keeps to the cache (ten took three times as
+# long); many fill a GPU, but all patterns of a model of many classes would not fit into its memory.
 PATTERNS_PER_FORWARD = {"cpu": 1, "cuda": 32}
 
 
@@ -77,7 +77,8 @@ def search_waves(victim, batches, num_class) -> list[LabelScore]:
 
     def hit_rates(patterns, count):
         """(V, K): the fractions of the first `count` images of other labels that each pattern turns into each label."""
-        predicted = F.one_hot(pattern_logits(victim, images[:count], patterns).argmax(2), num_class)
+        logits = torch.cat([pattern_logits(victim, images[:count], pattern[None]) for pattern in patterns])
+        predicted = F.one_hot(logits.argmax(2), num_class)
         return (predicted * is_other[:count]).sum(1) / is_other[:count].sum(0).clamp(min=1)
 
     low = [frequency for frequency in frequencies(images.shape[2:]) if max(map(abs, frequency)) <= LOW_CYCLES]
@@ -144,6 +145,8 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             if drops_labels and step == FIRST_STEPS:
                 kept, references = promising(sizes[-1], ever_hit)
             images, labels, micro_batch = images[::divisor], labels[::divisor], MICRO_BATCH // divisor
+            share = min(1, 32**2 / images[0, 0].numel())
+            at_once = divisor * max(1, int(share * PATTERNS_PER_FORWARD[device.type]))
             with torch.no_grad(), autocast(device, precision):
                 predicted = victim(images).argmax(1)
             is_other = labels != targets[:, None]
@@ -155,7 +158,7 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             )
             for micro_images, micro_labels, scored in micro_batches:
                 optimizer.zero_grad()
-                for part in kept.split(PATTERNS_PER_FORWARD[device.type] * divisor):
+                for part in kept.split(at_once):
                     with autocast(device, precision):
                         patterns = form.pattern(parameters[part])
                         hit, loss = hits_and_losses(
