@@ -58,6 +58,7 @@ def test_a_killed_process_leaves_its_run_to_the_others_and_the_table_is_that_of_
     assert main.wait() == 0, (tmp_path / "two-0.txt").read_text()
     assert table(tmp_path, "two") == table(tmp_path, "one")
     assert [row["seed"] for row in table(tmp_path, "two")] == ["1", "2"]
+    assert len({row["acc"] for row in table(tmp_path, "two")}) == 2  # another seed, another result
     assert (tmp_path / "two-1.txt").read_text() == ""  # only the main process prints
     assert " ± " in (results / "comparison.md").read_text()
 
