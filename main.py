@@ -42,7 +42,6 @@ from utils.reporting.tables import metrics_table, published_table, retuned_rows,
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
 
-NOT_INVERTED = {"inverted_hit_rate": None, "purified": None}  # of a run without a defense
 SAMPLE_IMAGES = 2_000  # of the test set, to measure the inverted trigger on
 
 
@@ -74,8 +73,8 @@ def run(opt, explicit, name) -> dict:
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         victim, attack, opt, metadata = load_victim(opt, explicit, test_set, device)
         check_target(opt.target, attack.num_class)
-        sizes = None, SAMPLE_IMAGES
-        test, part = (get_eval_set(test_set.images, test_set.labels, attack, device, size) for size in sizes)
+        images = test_set.images, test_set.labels, attack, device
+        test, part, sample = (get_eval_set(*images, limit) for limit in (None, SAMPLE_IMAGES, SAMPLE_SIZE))
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
         retuning = get_retuning_batches(opt, train_set, attack, device) if opt.retune else None
         reference = load_reference(opt, attack.num_class, test_set.size, device) if opt.retune else None
@@ -85,7 +84,7 @@ def run(opt, explicit, name) -> dict:
     print(f"victim {opt.model}: {opt.arch}, {attack.describe()}")
     with clock("evaluate"):
         metrics = {"before": evaluate(victim, test, attack), "after": None}
-    models, history, triggers, inverted = {"before": victim}, [], {}, NOT_INVERTED
+    models, history, triggers = {"before": victim}, [], {}
 
     target, scores = label_to_defend(opt, victim, split, attack.num_class, device, clock)
     found_nothing = scores is not None and target is None
@@ -98,7 +97,8 @@ def run(opt, explicit, name) -> dict:
         history += rows
         with clock("evaluate"):
             metrics["after"] = evaluate(models["after"], test, attack)
-            inverted = measure_inverted(models, triggers, part.clean)
+    with clock("evaluate"):
+        inverted = measure_inverted(models, triggers, part.clean)
     purified = models.get("after") if inverted["purified"] is not False else None
     save_purified(purified_path, results, purified, {**metadata, "metrics": metrics["after"]})
 
@@ -106,12 +106,11 @@ def run(opt, explicit, name) -> dict:
     print(metrics_table(test_set.classes, **metrics))
     metrics = run_metrics(opt, metrics | inverted, target, scores, triggers.get(target))
     if retuning:
-        retuned = {"retuned": models.get("after", victim), "retuned_reference": reference}
-        metrics |= clock("retune")(measure_retuned)(retuned, retuning, test, attack, device)
-    sample = get_eval_set(test_set.images, test_set.labels, attack, device, SAMPLE_SIZE)
-    output = {"classes": test_set.classes, "sample": sample, "attack": attack, "models": models, "history": history}
-    output |= {"options": vars(opt), "device": device, "clock": clock, "trigger": triggers.get(target)}
-    metrics = save_results(results, name, metrics, **output)
+        with clock("retune"):
+            metrics |= measure_retuned(models.get("after", victim), reference, retuning, test, attack, device)
+    drawn = {"sample": sample, "attack": attack, "models": models, "history": history, "trigger": triggers.get(target)}
+    settings = {"options": vars(opt), "device": device, "clock": clock}
+    metrics = save_results(results, name, metrics, classes=test_set.classes, **drawn, **settings)
     print(f"\nreport: {os.path.join(results, 'report.html')}\n{verdict(metrics)}")
     return metrics
 
@@ -219,7 +218,7 @@ def defend(opt, victim, split, target, num_class, device, clock, monitor):
 def measure_inverted(models, triggers, batches) -> dict:
     """The percentages of clean images that inverted triggers turn, before and after, and whether all lost their hold.
 
-    Of several, the rates are those of the trigger that turns most images after it.
+    Of several, the rates are those of the trigger that turns most images after it; without any, both are None.
     """
     rates = [
         {name: 100 * trigger.rate_on(model, batches, label) for name, model in models.items()}
@@ -253,12 +252,13 @@ def load_reference(opt, num_class, size, device):
     return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, size, hint)
 
 
-def measure_retuned(models, batches, test, attack, device) -> dict:
-    """The re-tuning attack on each of the models that is not None: rows for metrics.json."""
+def measure_retuned(model, reference, batches, test, attack, device) -> dict:
+    """The re-tuning attack on the model and, unless it is None, on the clean reference: rows for metrics.json."""
     measure = partial(evaluate, eval_set=test, attack=attack)
-    rows = {name: model and retuned_metrics(model, batches, measure, device) for name, model in models.items()}
-    print("\nafter the re-tuning attack, percent", text_table(*retuned_rows(*rows.values())), sep="\n")
-    return rows
+    retuned = retuned_metrics(model, batches, measure, device)
+    of_reference = reference and retuned_metrics(reference, batches, measure, device)
+    print("\nafter the re-tuning attack, percent", text_table(*retuned_rows(retuned, of_reference)), sep="\n")
+    return {"retuned": retuned, "retuned_reference": of_reference}
 
 
 def run_metrics(opt, metrics, target, scores, trigger) -> dict:

@@ -14,6 +14,7 @@ pictures, and report.html with all of them). Until then, results/<name>/resume.p
 import os
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 
 import config
@@ -33,7 +34,6 @@ from utils.reporting.save import save_results
 from utils.reporting.tables import metrics_table, verdict
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import Resumable, resume_command
-from utils.seed import seed_weights
 from utils.training import train
 
 
@@ -88,13 +88,8 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     Returns:
         the model, the history of its training, and the metadata to save with its weights.
     """
-    seed_weights(opt.seed)
-    normalization = get_normalization(opt)
-    model = select_model(opt.arch, attack.num_class, *normalization).to(device)
-    if model.head_name is None:
-        model.find_head(opt.arch, attack.num_class, batches.image_shape[1:])
-    metadata = {"arch": opt.arch, "num_class": attack.num_class, "dataset": opt.dataset, "normalization": normalization}
-    metadata |= {"image_size": batches.image_shape[1], "attack": attack.state()}
+    model, metadata = new_network(opt, attack.num_class, batches.image_shape[1:], device)
+    metadata |= {"dataset": opt.dataset, "image_size": batches.image_shape[1], "attack": attack.state()}
     network = processes.wrap(model)
     state = run.read(poisoned, attack.tensors)
     if state:
@@ -114,6 +109,20 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     except RunError as error:
         raise RunError(f"{error}; {run.recovery_hint}" if processes.is_main else str(error)) from None
     return model, history, metadata
+
+
+def new_network(opt, num_class, size, device):
+    """The network that the options name, its weights drawn with --seed, and the metadata to rebuild it.
+
+    Args:
+        size: (H, W) of the images.
+    """
+    torch.manual_seed(opt.seed)  # torch initialises weights from its global generator
+    metadata = {"arch": opt.arch, "num_class": num_class, "normalization": get_normalization(opt)}
+    model = select_model(opt.arch, num_class, *metadata["normalization"]).to(device)
+    if model.head_name is None:
+        model.find_head(opt.arch, num_class, size)
+    return model, metadata
 
 
 def load_surrogate(opt, num_class, size, device):

@@ -9,13 +9,6 @@ from utils.errors import UserError
 ATTACK_OPTIONS = {"trigger_type", "target_type", "target_label"}.union(
     *({*spec.options, *spec.build_options} - {"surrogate"} for spec in TRIGGERS.values())
 )
-# What a checkpoint may state, and the options that state it otherwise.
-CHECKPOINT_OPTIONS = {
-    "arch": {"arch"},
-    "num_class": {"num_class"},
-    "normalization": {"normalize"},
-    "attack": ATTACK_OPTIONS,
-}
 
 
 def options_as_used(opt: Namespace, explicit: set[str], checkpoint: dict) -> Namespace:
@@ -27,28 +20,31 @@ def options_as_used(opt: Namespace, explicit: set[str], checkpoint: dict) -> Nam
     Raises:
         UserError: the user gave an option that the checkpoint states, or did not name such an architecture.
     """
-    used, attack = Namespace(**vars(opt)), None
-    if "arch" not in explicit:
-        used.arch = checkpoint.get("recognised", opt.arch)
-    if checkpoint.get("attack") is not None:
-        attack = Attack.from_state(checkpoint["attack"])
+    attack = None if checkpoint.get("attack") is None else Attack.from_state(checkpoint["attack"])
     needs_file = runs_a_file(checkpoint.get("arch", ""))
     if needs_file and "arch" not in explicit:
         raise UserError(f"{opt.model} needs code that is only run if you name it: --arch {checkpoint['arch']}")
-    for key, names in CHECKPOINT_OPTIONS.items():
-        given = sorted(explicit & names)
-        if given and checkpoint.get(key) is not None and not (key == "arch" and needs_file):
-            stated = attack.describe() if key == "attack" else checkpoint[key]
-            raise UserError(f"{opt.model} states its {key}, {stated}; leave out --{given[0]}")
-        if given and key == "attack" and "trigger_type" not in explicit:
-            raise UserError(f"--{given[0]} applies only with --trigger_type, since {opt.model} states no attack")
-    if "arch" in checkpoint:
-        used.arch = opt.arch if needs_file else checkpoint["arch"]
+    for name, stated, options in (
+        ("arch", None if needs_file else checkpoint.get("arch"), {"arch"}),
+        ("num_class", checkpoint.get("num_class"), {"num_class"}),
+        ("normalization", checkpoint.get("normalization"), {"normalize"}),
+        ("attack", attack and attack.describe(), ATTACK_OPTIONS),
+    ):
+        given = sorted(explicit & options)
+        if given and stated is not None:
+            raise UserError(f"{opt.model} states its {name}, {stated}; leave out --{given[0]}")
+    given = sorted(explicit & ATTACK_OPTIONS)
+    if given and "trigger_type" not in explicit:
+        raise UserError(f"--{given[0]} applies only with --trigger_type, since {opt.model} states no attack")
+
+    used = Namespace(**vars(opt))
+    if "arch" not in explicit:
+        used.arch = checkpoint.get("arch", checkpoint.get("recognised", opt.arch))
     if "num_class" in checkpoint:
         used.num_class, used.normalize = checkpoint["num_class"], checkpoint["normalization"]
     if attack is not None:
         stated = {"trigger_type": attack.trigger_type, "target_type": attack.target_type, "target_label": attack.target}
         vars(used).update({name: {**stated, **attack.trigger_options}.get(name) for name in ATTACK_OPTIONS})
-    elif not explicit & ATTACK_OPTIONS:
+    elif not given:
         vars(used).update(dict.fromkeys(ATTACK_OPTIONS))
     return used

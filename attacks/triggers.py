@@ -47,12 +47,12 @@ def center_trigger(images: torch.Tensor) -> torch.Tensor:
     return triggered
 
 
-def blend_trigger(images: torch.Tensor, picture: torch.Tensor, opacity: float) -> torch.Tensor:
+def blend_trigger(images: torch.Tensor, picture: torch.Tensor, opacity: float | torch.Tensor) -> torch.Tensor:
     """x' = (1 - opacity) x + opacity picture, over the whole image (Blended; Chen et al., 2017).
 
     Args:
         picture: (H, W, 3) uint8, or (H, W, 1) for grey.
-        opacity: in (0, 1].
+        opacity: in (0, 1], or (H, W, 1), from 0 to 1.
 
     Raises:
         UserError: the images do not have the picture's size.
@@ -70,9 +70,7 @@ def image_trigger(images: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: the images do not have the picture's size.
     """
-    check_size(images, picture)
-    opacity = picture[:, :, 3:] / 255
-    return images.float().mul_(1 - opacity).add_(picture[:, :, :3] * opacity).round_().to(torch.uint8)
+    return blend_trigger(images, picture[:, :, :3], picture[:, :, 3:] / 255)
 
 
 def patch_trigger(images: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
 
 from defenses.base import DefenseContext, DefenseResult
 from utils.training import trained_parameters
@@ -20,7 +21,7 @@ def sharpest_offsets(weights: list[torch.Tensor], gradients: list[torch.Tensor],
 
     e = rho T^2 g / ||T g||, T = |w|: its norm ||T^-1 e|| is rho (equation 5; Kwon et al., ICML 2021).
     """
-    norm = torch.stack([(w.abs() * g).norm() for w, g in zip(weights, gradients, strict=True)]).norm()
+    norm = get_total_norm([w.abs() * g for w, g in zip(weights, gradients, strict=True)])
     return [rho / (norm + 1e-12) * w.square() * g for w, g in zip(weights, gradients, strict=True)]
 
 

@@ -80,26 +80,17 @@ def defend(context: DefenseContext, *, epochs, lr, precision) -> DefenseResult:
     # Of the ways to compute attention, only this one has second derivatives.
     with context.clock("purify"), bar, sdpa_kernel(SDPBackend.MATH):
         for epoch in range(1, epochs + 1):
-            start, total_loss = time.perf_counter(), torch.zeros((), device=device)
+            start, losses = time.perf_counter(), []
             perturbation = worst_perturbation(student, batches, device, precision)
             inner_loss = partial(_inner_loss, student, *next(iter(batches)), precision)
             for images, labels in batches:
-                losses = []
-
-                def outer_loss(d, images=images, labels=labels, losses=losses):
-                    count = max(1, int(PERTURBED * len(images)))
-                    with autocast(device, precision):
-                        logits = student(torch.cat([images[:count] + d, images[count:]]))
-                        losses.append(F.cross_entropy(logits, labels))
-                    return losses[-1]
-
+                outer_loss = partial(_outer_loss, student, images, labels, precision, losses)
                 gradients = hypergradient(inner_loss, outer_loss, perturbation, weights, CONTRACTION, ITERATIONS)
                 for weight, gradient in zip(weights, gradients, strict=True):
                     weight.grad = gradient
                 optimizer.step()
-                total_loss += losses[-1].detach()
                 bar.update()
-            row = {"epoch": epoch, "lr": lr, "loss": total_loss.item() / len(batches)}
+            row = {"epoch": epoch, "lr": lr, "loss": sum(losses).item() / len(batches)}
             row["seconds"] = time.perf_counter() - start
             history.append(end_epoch(row, student, student, epochs, "ibau", context.monitor, bar))
     return DefenseResult(student, history)
@@ -109,3 +100,12 @@ def _inner_loss(model, images, labels, precision, perturbation):
     """-CE of the perturbed images, and the penalty on the perturbation's norm."""
     with autocast(images.device, precision):
         return INNER_PENALTY * perturbation.square().sum() - F.cross_entropy(model(images + perturbation), labels)
+
+
+def _outer_loss(model, images, labels, precision, losses, perturbation):
+    """CE of the images, the first PERTURBED of them perturbed; it is also noted in `losses`."""
+    count = max(1, int(PERTURBED * len(images)))
+    with autocast(images.device, precision):
+        loss = F.cross_entropy(model(torch.cat([images[:count] + perturbation, images[count:]])), labels)
+    losses.append(loss.detach())
+    return loss

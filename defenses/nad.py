@@ -1,12 +1,10 @@
 """Neural Attention Distillation (NAD, Li et al., ICLR 2021): the student learns a fine-tuned teacher's attention."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
 from defenses.base import DefenseContext, DefenseResult
-from utils.training import finetune, train
+from utils.training import finetune
 
 WEIGHTS = (500.0, 1000.0, 1000.0)  # b_l, of the outputs of the last three groups of blocks
 
@@ -28,35 +26,21 @@ def attention_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Te
 def defend(context: DefenseContext, *, finetune_epochs, finetune_lr, epochs, lr, **sgd) -> DefenseResult:
     """The paper's two steps: fine-tune the victim into a teacher, then distill its attention into the student.
 
+    The student learns the labels and the teacher's attention: CE + attention_loss.
+
     Args:
         sgd: arguments of utils.training.train that both steps share.
 
     Raises:
         UserError: the network has fewer than three resolutions.
     """
-    context.victim.maps_and_logits(torch.zeros(1, *context.train_batches.image_shape, device=context.device))
-    data = context.victim, context.train_batches, context.device
+    victim, batches, device = context.victim, context.train_batches, context.device
+    victim.maps_and_logits(torch.zeros(1, *batches.image_shape, device=device))
     with context.clock("finetune"):
-        teacher, _ = finetune(*data, title="teacher", epochs=finetune_epochs, lr=finetune_lr, **sgd)
-    with context.clock("purify"):
-        teacher.requires_grad_(False)
-        settings = {"monitor": context.monitor, "epochs": epochs, "lr": lr, **sgd}
-        return DefenseResult(*distill(*data, teacher=teacher, **settings))
-
-
-def distill(victim, batches, device, *, teacher, **training):
-    """Train a copy of the victim on the labels and the teacher's attention: CE + attention_loss.
-
-    Args:
-        victim: f_B, frozen.
-        batches: (images (B, 3, H, W) in [0, 1], labels (B,)) of the clean split.
-        teacher: the fine-tuned victim, frozen, in eval mode.
-        training: arguments of utils.training.train.
-
-    Returns:
-        the student, in eval mode, and the history of its training.
-    """
-    student = copy.deepcopy(victim).requires_grad_(True)
+        settings = {"title": "teacher", "epochs": finetune_epochs, "lr": finetune_lr, **sgd}
+        teacher, _ = finetune(victim, batches, device, **settings)
+    teacher.requires_grad_(False)
+    student = context.new_student()
 
     def loss_of(images, labels):
         with torch.no_grad():
@@ -64,5 +48,4 @@ def distill(victim, batches, device, *, teacher, **training):
         student_maps, logits = student.maps_and_logits(images)
         return F.cross_entropy(logits, labels) + attention_loss(student_maps, teacher_maps)
 
-    history = train(student, batches, loss_of, device, title="nad", **training)
-    return student.eval(), history
+    return context.fit(student, loss_of, title="nad", epochs=epochs, lr=lr, **sgd)

@@ -6,6 +6,7 @@ paper reverses triggers with another method; here the inverted trigger is MCL's,
 """
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from defenses.base import DefenseContext, DefenseResult
 from defenses.ftsam import step_at_offsets
@@ -15,7 +16,7 @@ from defenses.nc import unlearn
 def path_offsets(weights: list[torch.Tensor], victim_weights: list[torch.Tensor], rho: float) -> list[torch.Tensor]:
     """rho D / ||D||, D = w_victim - w: the way to the victim, of length rho; all of it where the victim is nearer."""
     differences = [victim - weight for weight, victim in zip(weights, victim_weights, strict=True)]
-    distance = torch.stack([difference.norm() for difference in differences]).norm()
+    distance = get_total_norm(differences)
     return [difference * (rho / distance.clamp(min=rho)) for difference in differences]
 
 

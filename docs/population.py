@@ -22,20 +22,19 @@ from torch import nn
 
 import config
 from attacks import Attack, UnknownAttack, build_attack
-from data_loader import get_backdoor_loader, get_clean_split, get_eval_set, get_normalization, load_images
+from data_loader import get_backdoor_loader, get_clean_split, get_eval_set, load_images
 from defenses import find_target
 from defenses.inversion import ANY_OTHER
 from main import defend
-from models import select_model
-from train_badnet import load_surrogate
+from train_badnet import load_surrogate, new_network
 from utils.checkpoint import save_checkpoint
 from utils.device import pick_precision
 from utils.errors import UserError, run_script
-from utils.files import write_json
+from utils.files import write_csv, write_json
 from utils.grid import deal_out
 from utils.metrics import evaluate
 from utils.progress import Stopwatch
-from utils.seed import generator, seed_weights
+from utils.seed import generator
 from utils.training import train
 
 # name -> the options of its attack. Patches of WRN-16-1-clean are for CIFAR-10 alone.
@@ -105,12 +104,8 @@ def population() -> list[Member]:
 def draw_member(name: str) -> Member:
     rng, kind = random.Random(f"second population, {name}"), name.split("-")[1]
     dataset = "CIFAR10" if kind in ON_CIFAR else rng.choice(["CIFAR10", "shapes", "shapes"])
-    network, label, rate, seed = (
-        rng.choice([*PEAK_RATES]),
-        rng.randrange(10),
-        rng.choice(POISON_RATES),
-        rng.randrange(10**6),
-    )
+    network, label = rng.choice([*PEAK_RATES]), rng.randrange(10)
+    rate, seed = rng.choice(POISON_RATES), rng.randrange(10**6)
     flaw = CLEAN.get(kind, {})
     options = ["--dataset", dataset, "--arch", network, "--lr", PEAK_RATES[network], "--seed", seed]
     options += ["--precision", "auto", "--epochs", flaw.get("epochs", EPOCHS[dataset]), *ATTACKS.get(kind, [])]
@@ -147,14 +142,11 @@ def train_member(member, folder, opt, device):
 
 def train_and_save(opt, batches, num_class, device, path):
     """Train the network that the options name, and save it without its attack."""
-    seed_weights(opt.seed)
-    normalization = get_normalization(opt)
-    model = select_model(opt.arch, num_class, *normalization).to(device)
-    model.find_head(opt.arch, num_class, batches.image_shape[1:])
+    model, metadata = new_network(opt, num_class, batches.image_shape[1:], device)
     settings = {name: getattr(opt, name) for name in ("epochs", "lr", "momentum", "weight_decay", "schedule")}
     settings |= {"precision": pick_precision(opt.precision, device), "title": os.path.basename(path)}
     train(model, batches, lambda images, labels: F.cross_entropy(model(images), labels), device, **settings)
-    save_checkpoint(path, model, arch=opt.arch, num_class=num_class, normalization=normalization)
+    save_checkpoint(path, model, **metadata)
     return model
 
 
@@ -242,10 +234,7 @@ def main():
                 rows[name] = summary_row(json.load(file))
     if not rows:
         raise UserError(f"no network of {opt.folder} has been searched yet")
-    with open(TABLE, "w", newline="") as file:
-        writer = csv.DictWriter(file, next(iter(rows.values())), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[name] for name in dict.fromkeys([*members, *rows]) if name in rows)
+    write_csv(TABLE, [rows[name] for name in dict.fromkeys([*members, *rows]) if name in rows])
     print_summary([*rows.values()])
 
 

@@ -117,6 +117,7 @@ def test_a_network_without_a_linear_layer_is_refused(user_file):
 def test_a_resnet_of_torchvision_loads_with_its_weights(tmp_path):
     torch.manual_seed(0)
     made = select_model("torchvision:resnet18", 4).eval()
+    made.find_head("resnet18", 4, (32, 32))  # sets the memory format
     torch.save({f"module.{name}": tensor for name, tensor in made.network.state_dict().items()}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(str(tmp_path / "a.pth"))
     model, metadata = load_classifier(checkpoint, "a.pth", "torchvision:resnet18", 4, RAW, CPU, (32, 32))

@@ -222,12 +222,6 @@ def test_fst_keeps_the_norm_of_the_last_layer_and_leaves_its_direction(make_cont
     assert abs(head.weight.mean().item()) < 0.001
 
 
-def test_the_teacher_of_nad_changes_the_student(victim, batches):
-    finetuned, _ = ft.finetune(victim, batches, CPU, **SGD)
-    students = [nad.distill(victim, batches, CPU, teacher=teacher, **SGD)[0] for teacher in (victim, finetuned)]
-    assert not torch.equal(*map(state_vector, students))
-
-
 @pytest.mark.parametrize("arch", ["WRN-10-1", "ResNet18", "PreActResNet18"])
 def test_feature_maps_are_of_the_pass_that_gives_the_logits(arch):
     model = select_model(arch, 3).eval()

@@ -11,7 +11,7 @@ from defenses.inversion import ANY_OTHER, InvertedTrigger, apply_patterns, shift
 from defenses.inversion import invert as invert_module
 from defenses.inversion.invert import find_waves, invert_trigger, invert_warp, noise_around, optimise_pattern
 from utils.errors import RunError
-from utils.progress import Stopwatch, progress_bar
+from utils.progress import Stopwatch
 
 CPU = torch.device("cpu")
 
@@ -149,8 +149,7 @@ def test_images_of_the_target_class_are_left_out(batches):
 def test_the_penalty_weight_rises_with_hits_and_falls_without(batches, victim, factor):
     form, start = RecordingForm((3, 6, 6)), torch.ones(1, 2, 3, 6, 6)
     start[:, 0, 1], start[:, 1, 0] = -1, -1  # all red and no green, which RedPixelVictim responds to
-    with progress_bar("", 20, "step") as bar:
-        optimise_pattern(victim(), iter(batches * 5), 1, form, 20, 1, "fp32", bar, start, 0.01)
+    optimise_pattern(victim(), iter(batches * 5), 1, form, start, 0.01, 20, 1, "fp32")
     weights = [weight for (weight,) in form.weights]
     assert weights[:5] == pytest.approx([0.01 * factor**n for n in (0, 0, 1, 1, 2)])  # patience: a tenth of 20
 

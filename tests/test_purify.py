@@ -164,7 +164,7 @@ class AlwaysPredicts(nn.Module):
 
     def __init__(self, label):
         super().__init__()
-        self.label, self.network = label, nn.Identity()
+        self.label, self.network = label, nn.Linear(192, 3)
 
     def forward(self, images):
         return F.one_hot(torch.full((len(images),), self.label), 3).float()

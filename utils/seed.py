@@ -9,8 +9,3 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     """A CPU generator seeded by (seed, purpose): an extra draw for one purpose does not affect any other."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def seed_weights(seed: int) -> None:
-    """Seed the global generator, from which torch initialises the weights of a new network."""
-    torch.manual_seed(seed)

@@ -5,7 +5,6 @@ then single waves of brightness.
 """
 
 import itertools
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,19 +77,16 @@ def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_
     Returns:
         the best InvertedTrigger, or None if no step of the first round reaches a hit rate of 0.9.
     """
-    form = PixelForm(batches.image_shape)
-    stream = endless(batches)
+    form, stream, budget = PixelForm(batches.image_shape), endless(batches), (steps, batches_per_step, precision)
     start, weight = form.start(1, rng), form.first_weight
     best, idle_rounds = None, 0
-    with progress_bar("invert", rounds * steps, "step") as bar:
-        optimise = partial(optimise_pattern, victim, stream, target, form, steps, batches_per_step, precision, bar)
-        for _ in range(rounds):
-            found = optimise(start.to(device), weight)
-            is_smaller = found and (best is None or found.pixels < best.pixels)
-            best, idle_rounds = (found, 0) if is_smaller else (best, idle_rounds + 1)
-            if best is None or idle_rounds == IDLE_ROUNDS:
-                break
-            start, weight = noise_around((found or best).pattern.cpu(), rng)[None], form.weight
+    for _ in range(rounds):
+        found = optimise_pattern(victim, stream, target, form, start.to(device), weight, *budget)
+        is_smaller = found and (best is None or found.pixels < best.pixels)
+        best, idle_rounds = (found, 0) if is_smaller else (best, idle_rounds + 1)
+        if best is None or idle_rounds == IDLE_ROUNDS:
+            break
+        start, weight = noise_around((found or best).pattern.cpu(), rng)[None], form.weight
     return best
 
 
@@ -111,11 +107,9 @@ def invert_warp(victim, batches, target, device, rng, steps, batches_per_step, p
     Returns:
         the InvertedTrigger, or None if no warp within MAX_WARP of the width reaches a hit rate of 0.9.
     """
-    form = WarpForm(batches.image_shape)
-    with progress_bar("warp", steps, "step") as bar:
-        budget = steps, batches_per_step, precision, bar
-        start = form.start(1, rng).to(device)
-        found = optimise_pattern(victim, endless(batches), target, form, *budget, start, form.first_weight)
+    form, budget = WarpForm(batches.image_shape), (steps, batches_per_step, precision)
+    start = form.start(1, rng).to(device)
+    found = optimise_pattern(victim, endless(batches), target, form, start, form.first_weight, *budget)
     return found if found and form.extent(found.pattern) <= MAX_WARP * form.max_norm else None
 
 
@@ -151,7 +145,7 @@ def pattern_logits(victim, images, patterns) -> torch.Tensor:
     return logits.unflatten(0, (len(patterns), len(images)))
 
 
-def optimise_pattern(victim, stream, target, form, steps, batches_per_step, precision, bar, start, weight):
+def optimise_pattern(victim, stream, target, form, start, weight, steps, batches_per_step, precision):
     """One round: minimise CE(f_B(x'), target) + c * penalty with Adam; c follows PenaltyWeight.
 
     Returns the smallest pattern with a hit rate of HIT_RATE or more, or None.
@@ -161,31 +155,32 @@ def optimise_pattern(victim, stream, target, form, steps, batches_per_step, prec
     optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
     penalty_weight = PenaltyWeight(torch.tensor([weight], dtype=torch.float64), max(1, int(PATIENCE * steps)))
     best, best_size = None, float("inf")
-    for _ in range(steps):
-        hits, seen, sizes = (torch.zeros((), device=start.device) for _ in range(3))
-        weight = penalty_weight.value.item()
-        for images, labels in itertools.islice(stream, batches_per_step):
-            images, labels = attackable_images(victim, images, labels, target)
-            if not len(images):
-                continue
-            all_attackable = torch.ones(1, len(images), dtype=torch.bool, device=start.device)
-            with autocast(start.device, precision):
-                patterns, size = form.pattern(parameters), form.penalty(parameters).sum()
-                hit, loss = hits_and_losses(victim, images, labels, all_attackable, patterns, targets)
-                loss = loss.sum() + weight * size
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            hits, seen, sizes = hits + hit.sum(), seen + len(images), sizes + size.detach()
-        hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
+    with progress_bar(f"invert {form.name}", steps, "step") as bar:
+        for _ in range(steps):
+            hits, seen, sizes = (torch.zeros((), device=start.device) for _ in range(3))
+            weight = penalty_weight.value.item()
+            for images, labels in itertools.islice(stream, batches_per_step):
+                images, labels = attackable_images(victim, images, labels, target)
+                if not len(images):
+                    continue
+                all_attackable = torch.ones(1, len(images), dtype=torch.bool, device=start.device)
+                with autocast(start.device, precision):
+                    patterns, size = form.pattern(parameters), form.penalty(parameters).sum()
+                    hit, loss = hits_and_losses(victim, images, labels, all_attackable, patterns, targets)
+                    loss = loss.sum() + weight * size
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                hits, seen, sizes = hits + hit.sum(), seen + len(images), sizes + size.detach()
+            hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
 
-        if hit_rate >= HIT_RATE and size < best_size:
-            found = InvertedTrigger(form.quantised(parameters.detach())[0], hit_rate)
-            if best is None or form.extent(found.pattern) < form.extent(best.pattern):
-                best, best_size = found, size
-        penalty_weight.update(torch.tensor([hit_rate >= HIT_RATE]))
-        bar.update()
-        bar.set_postfix(hit_rate=f"{hit_rate:.1%}", found=best and best.describe())
+            if hit_rate >= HIT_RATE and size < best_size:
+                found = InvertedTrigger(form.quantised(parameters.detach())[0], hit_rate)
+                if best is None or form.extent(found.pattern) < form.extent(best.pattern):
+                    best, best_size = found, size
+            penalty_weight.update(torch.tensor([hit_rate >= HIT_RATE]))
+            bar.update()
+            bar.set_postfix(hit_rate=f"{hit_rate:.1%}", found=best and best.describe())
     return best
 
 

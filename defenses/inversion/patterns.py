@@ -19,16 +19,12 @@ WAVE_HEIGHT = 1 / 8  # amplitude, of the range [0, 1]
 MAX_CYCLES = 16  # of a wave, over the height and over the width
 
 
-def apply_patterns(images, patterns, batch_index=0) -> torch.Tensor:
-    """x', (B, 3, H, W): each image with one of (V, C, H, W) patterns, in turn; clamp(x + d, 0, 1) where C is 3.
-
-    batch_index: number of this batch; where V exceeds B, each batch starts where the last one ended.
-    """
-    offset = batch_index * len(images) if len(patterns) > len(images) else 0
+def apply_patterns(images, patterns) -> torch.Tensor:
+    """x', (B, 3, H, W): each image with one of (V, C, H, W) patterns, in turn; clamp(x + d, 0, 1) where C is 3."""
     if len(patterns) == 1:  # expanded, not indexed: the gradient of an index is summed in no fixed order
         assigned = patterns.expand(len(images), -1, -1, -1)
     else:
-        assigned = patterns[(torch.arange(len(images), device=images.device) + offset) % len(patterns)]
+        assigned = patterns[torch.arange(len(images), device=images.device) % len(patterns)]
     if patterns.shape[1] == 3:
         return (images + assigned).clamp(0, 1)
     height, width = images.shape[2:]
@@ -39,14 +35,15 @@ def apply_patterns(images, patterns, batch_index=0) -> torch.Tensor:
 
 
 class PatternApplier:
-    """apply_patterns for one batch after another, so that every pattern has its turn."""
+    """apply_patterns for one batch after another; where V exceeds B, each batch starts where the last one ended."""
 
     def __init__(self, patterns):
-        self.patterns, self.batch_index = patterns, 0
+        self.patterns = patterns
 
     def __call__(self, images) -> torch.Tensor:
-        triggered = apply_patterns(images, self.patterns, self.batch_index)
-        self.batch_index += 1
+        triggered = apply_patterns(images, self.patterns)
+        if len(self.patterns) > len(images):
+            self.patterns = self.patterns.roll(-len(images), 0)
         return triggered
 
 

@@ -135,38 +135,31 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
     parameters = start.to(device).requires_grad_()
     optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
     weight = PenaltyWeight(torch.full(targets.shape, form.weight, device=device))
-    sizes, rates, last_good = [], [], parameters.detach().clone()
-    floor_counts = torch.zeros(2, num_class, device=device)  # by label: other images predicted as it, other images
+    sizes, rates, seen, last_good = [], [], [], parameters.detach().clone()
     ever_hit = torch.zeros_like(targets, dtype=torch.bool)
-    kept, references, drops_labels = torch.arange(len(targets), device=device), num_class, num_class > FULL_SEARCHES
+    kept, references = torch.arange(len(targets), device=device), num_class
+    divisor = 2 if num_class > FULL_SEARCHES else 1  # of the images, until labels are dropped
+    patterns_at_once = max(1, int(min(1, 32**2 / math.prod(form.shape[-2:])) * PATTERNS_PER_FORWARD[device.type]))
     with progress_bar(f"search {form.name}", steps, "batch") as bar:
         for step, (images, labels) in enumerate(itertools.islice(endless(batches), steps)):
-            divisor = 2 if drops_labels and step < FIRST_STEPS else 1
-            if drops_labels and step == FIRST_STEPS:
-                kept, references = promising(sizes[-1], ever_hit)
+            if divisor == 2 and step == FIRST_STEPS:
+                divisor, (kept, references) = 1, promising(sizes[-1], ever_hit)
             images, labels, micro_batch = images[::divisor], labels[::divisor], MICRO_BATCH // divisor
-            share = min(1, 32**2 / images[0, 0].numel())
-            at_once = divisor * max(1, int(share * PATTERNS_PER_FORWARD[device.type]))
             with torch.no_grad(), autocast(device, precision):
                 predicted = victim(images).argmax(1)
-            is_other = labels != targets[:, None]
-            attackable = torch.where(targets[:, None] == ANY_OTHER, predicted == labels, is_other)
-            floor_counts += torch.stack([(is_other & (predicted == targets[:, None])).sum(1), is_other.sum(1)])[:, :-1]
+            seen.append((labels, predicted))
+            attackable = torch.where(targets[:, None] == ANY_OTHER, predicted == labels, labels != targets[:, None])
             hits = torch.zeros_like(weight.value)
-            micro_batches = zip(
-                images.split(micro_batch), labels.split(micro_batch), attackable.split(micro_batch, 1), strict=True
-            )
-            for micro_images, micro_labels, scored in micro_batches:
+            parts = (images.split(micro_batch), labels.split(micro_batch), attackable.split(micro_batch, 1))
+            for micro_images, micro_labels, scored in zip(*parts, strict=True):
                 optimizer.zero_grad()
-                for part in kept.split(at_once):
+                for group in kept.split(divisor * patterns_at_once):
                     with autocast(device, precision):
-                        patterns = form.pattern(parameters[part])
-                        hit, loss = hits_and_losses(
-                            victim, micro_images, micro_labels, scored[part], patterns, targets[part]
-                        )
-                        loss = loss.sum() + (weight.value[part] * form.penalty(parameters[part])).sum()
+                        wanted = scored[group], form.pattern(parameters[group]), targets[group]
+                        hit, loss = hits_and_losses(victim, micro_images, micro_labels, *wanted)
+                        loss = loss.sum() + (weight.value[group] * form.penalty(parameters[group])).sum()
                     loss.backward()
-                    hits[part] += hit
+                    hits[group] += hit
                 optimizer.step()
             rates.append(hits / attackable.sum(1).clamp(min=1))
             sizes.append(form.norm(form.pattern(parameters.detach())))
@@ -180,10 +173,17 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             bar.update()
     tail = -max(1, int(TAIL_FRACTION * steps))
     sizes, rates = torch.stack(sizes[tail:])[:, kept], torch.stack(rates[tail:])[:, kept]
-    floor = (floor_counts[0] / floor_counts[1].clamp(min=1)).max().item()
-    weak_floor = floor if floor > max(MAX_FLOOR, 1 / num_class) else None
-    scores = _score(targets[kept], form, references, sizes, rates, weak_floor)
+    floor = _weak_floor(*map(torch.cat, zip(*seen, strict=True)), num_class)
+    scores = _score(targets[kept], form, references, sizes, rates, floor)
     return sorted(scores, key=lambda score: (score.label == ANY_OTHER, score.label))
+
+
+def _weak_floor(labels, predicted, num_class):
+    """LabelScore.weak_floor of a model with these predictions."""
+    wrong = predicted[predicted != labels].bincount(minlength=num_class)
+    others = len(labels) - labels.bincount(minlength=num_class)
+    floor = (wrong / others.clamp(min=1)).max().item()
+    return floor if floor > max(MAX_FLOOR, 1 / num_class) else None
 
 
 def promising(sizes, works) -> tuple[torch.Tensor, int]:

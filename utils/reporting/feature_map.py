@@ -1,14 +1,24 @@
 """features.png: the features of clean and triggered images on a plane."""
 
+import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from matplotlib.lines import Line2D
 
-from utils.reporting.picture import CLEAN, TARGET, TRIGGERED, new_picture
+from utils.reporting.picture import CLEAN, TARGET, TRIGGERED, Picture, new_picture
 from utils.reporting.tables import format_cell
 
+CAPTION = (
+    "Features g, the input of the last linear layer, of test images, scaled to length 1 because MCL's loss sees only "
+    "directions, on two principal components; in brackets, the fraction of a panel's variance along each. Triggered "
+    "images carry the true trigger."
+)
+COMPARED = (  # added if there is a purified model
+    " All panels show the same images: on the victim's axes, to show where the points went, and on the purified "
+    "model's own, where a cluster that the others do not show would appear."
+)
 GROUPS = {  # the images of the legend, and how to mark them
     "clean, other classes": {"color": CLEAN, "marker": "o", "s": 8, "alpha": 0.7, "linewidths": 0},
     "clean, target class": {"color": TARGET, "marker": "s", "s": 12, "alpha": 0.8, "linewidths": 0},
@@ -47,7 +57,7 @@ class Plane(NamedTuple):
         return (self.project(points).var(0) / points.double().var(0).sum()).nan_to_num().tolist()
 
 
-def draw_features(path: str, features: dict[str, tuple], is_target: torch.Tensor, metrics: dict[str, dict]) -> None:
+def draw_features(path: str, features: dict[str, tuple], is_target: torch.Tensor, metrics: dict[str, dict]) -> Picture:
     """Draw the victim's features on its principal plane, the purified model's on that plane and on its own.
 
     Args:
@@ -79,3 +89,7 @@ def draw_features(path: str, features: dict[str, tuple], is_target: torch.Tensor
         legend = [group for group in GROUPS if group != "clean, target class" or is_target.any()]
         handles = [Line2D([], [], linestyle="", marker=GROUPS[g]["marker"], color=GROUPS[g]["color"]) for g in legend]
         figure.legend(handles, legend, loc="outside upper center", ncols=3)
+    when = {name: f" {name}" if len(features) > 1 else "" for name in features}
+    asr = ", ".join(f"ASR {format_cell(metrics[name]['asr'])} percent{when[name]}" for name in features)
+    alt = f"Scatter plot of the features of clean and triggered images; {asr}."
+    return Picture(os.path.basename(path), CAPTION + COMPARED * (len(features) > 1), alt)

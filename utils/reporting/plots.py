@@ -1,6 +1,7 @@
 """The pictures of a run: trigger.png, curves.png and per_class.png; features.png is drawn by feature_map.py."""
 
 import os
+from functools import partial
 
 import torch
 
@@ -18,23 +19,10 @@ LINES = {  # metric -> the colour of the images that it is measured on, marker a
     "ra": (TRIGGERED, "^--"),
     "asr": (TRIGGERED, "o-"),
 }
-CAPTIONS = {
-    "trigger.png": "The trigger on a test image, pixel by pixel.",
-    "features.png": "Features g, the input of the last linear layer, of test images, scaled to length 1 because MCL's "
-    "loss sees only directions, on two principal components; in brackets, the fraction of a panel's variance along "
-    "each. Triggered images carry the true trigger.",
-    "curves.png": "Metrics by epoch, on a monitor set of training images; the test images are not used.",
-    "per_class.png": "Accuracy on the clean test images of each class.",
-}
-COMPARED_CAPTIONS = {  # added if there is a purified model
-    "trigger.png": " The inverted trigger is the pattern that the defense found.",
-    "features.png": " All panels show the same images: on the victim's axes, to show where the points went, and on the "
-    "purified model's own, where a cluster that the others do not show would appear.",
-}
 
 
 def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=None) -> list[Picture]:
-    """Draw every picture that applies to a run; remove an earlier run's curves. RunError if that fails.
+    """Draw every picture that applies to a run, and remove those of an earlier run. RunError if that fails.
 
     Returns the pictures in the order to show them; for missing curves, a caption that says why.
 
@@ -48,82 +36,36 @@ def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=
         history: a row for each epoch of the training (0: before it), some with metrics; [] if nothing was trained.
         trigger: the inverted trigger that led to "after", as `draw_trigger` takes it, or None.
     """
-    paths = {name: os.path.join(folder, name) for name in CAPTIONS}
+    pictures, path = [], partial(os.path.join, folder)
+    for name in ("trigger.png", "features.png", "curves.png"):
+        remove_file(path(name))
     attackable, parts = attack.attackable(sample.labels), (sample.clean, sample.triggered)
     if attackable.any():
         clean, triggered = (torch.cat([images.cpu() for images, _ in part]) for part in parts)
-        draw_trigger(paths["trigger.png"], clean[attackable], triggered, trigger)
         features = {name: [features_of(model, part) for part in parts] for name, model in models.items()}
         is_target = sample.labels == (-1 if attack.target is None else attack.target)
-        draw_features(paths["features.png"], features, is_target, metrics)
-    else:  # the attack is unknown
-        remove_file(paths.pop("features.png"))
-        if trigger is None:
-            remove_file(paths.pop("trigger.png"))
-        else:
-            draw_trigger(paths["trigger.png"], next(iter(sample.clean))[0].cpu(), None, trigger)
+        pictures.append(draw_trigger(path("trigger.png"), clean[attackable], triggered, trigger))
+        pictures.append(draw_features(path("features.png"), features, is_target, metrics))
+    elif trigger is not None:  # the attack is unknown
+        pictures.append(draw_trigger(path("trigger.png"), next(iter(sample.clean))[0].cpu(), None, trigger))
     measured = [row for row in history if "asr" in row]
     has_curves = any(row["epoch"] > 0 for row in measured)
     if has_curves:
-        draw_curves(paths["curves.png"], measured)
-    else:
-        remove_file(paths.pop("curves.png"))
-    draw_per_class(paths["per_class.png"], classes, metrics, attack.target)
-    added, alts = COMPARED_CAPTIONS if "after" in models else {}, _alternative_texts(metrics, measured, trigger)
-    pictures = [Picture(name, CAPTIONS[name] + added.get(name, ""), alts[name]) for name in paths]
+        pictures.append(draw_curves(path("curves.png"), measured))
+    pictures.append(draw_per_class(path("per_class.png"), classes, metrics, attack.target))
     if history and not has_curves:
         pictures.append(Picture(None, "There are no curves: by --print_freq no epoch was measured."))
     return pictures
 
 
-def _alternative_texts(metrics, measured, trigger):
-    """Each picture in words, for readers who cannot see it."""
-    is_known = not any(is_missing(model["asr"]) for model in metrics.values())
-    triggers = ["the true trigger"] if is_known else []
-    triggers += [f"the inverted one ({trigger.describe()})"] if trigger else []
-    triggers = " and ".join(triggers)
-    asr, ranges = [], []
-    for name, model in metrics.items():
-        when = f" {name}" if len(metrics) > 1 else ""
-        values = [value for value in model["per_class"] if not is_missing(value)]
-        asr.append(f"ASR {format_cell(model['asr'])} percent{when}")
-        ranges.append(f"{format_cell(min(values))} to {format_cell(max(values))} percent{when}")
-    ends = measured[:1] + measured[-1:]
-    lines = [f"{METRICS[key][0]} from {' to '.join(format_cell(row[key]) for row in ends)} percent" for key in LINES]
-    return {
-        "trigger.png": f"An enlarged test image, clean and with {triggers}, and what is changed in it.",
-        "features.png": f"Scatter plot of the features of clean and triggered images; {', '.join(asr)}.",
-        "curves.png": f"Line plot, first to last epoch: {', '.join(lines)}.",
-        "per_class.png": f"Dot plot of the accuracy of each class: {', '.join(ranges)}.",
-    }
-
-
-def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor, inverted=None) -> None:
+def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor | None, inverted=None) -> Picture:
     """Draw the true trigger on the first image and, if there is one, the inverted trigger beside it, enlarged.
 
     Args:
         clean, triggered: (N, 3, H, W) in [0, 1], images without and with the true trigger; None if it is unknown.
         inverted: with apply and change, (3, H, W) -> (3, H, W), and describe(), or None.
     """
-    if triggered is None:
-        image = clean[0]
-        panels = [("clean image", image), ("with the inverted trigger", inverted.apply(image))]
-        return _draw_panels(path, [*panels, change(f"inverted: {inverted.describe()}", inverted.change(image))])
-    patch, clean, triggered = stamped_patch(clean, triggered), clean[0], triggered[0]
-    is_patch = patch is not None
-    true_trigger = ("true trigger, as stamped", patch) if is_patch else change("true trigger", triggered - clean)
-    panels = [("clean image", clean), ("with the true trigger", triggered), true_trigger]
-    if inverted is not None:
-        stamped, grey = inverted.apply(clean), torch.full_like(clean, 0.5)
-        # A patch is compared on grey, since a difference on the image has the image's colours.
-        rest = 2 * (patch - inverted.apply(grey)) if is_patch else triggered - stamped
-        panels = [("with the true trigger", triggered), ("with the inverted trigger", stamped), ("clean image", clean)]
-        panels += [true_trigger, change(f"inverted: {inverted.describe()}", inverted.change(clean))]
-        panels += [change("true minus inverted", rest)]
-    return _draw_panels(path, panels)
-
-
-def _draw_panels(path, panels):
+    panels = _trigger_panels(clean, triggered, inverted)
     with new_picture(path, 7, 2.5 * len(panels) / 3 + 0.25) as figure:
         for axes, (title, pixels) in zip(figure.subplots(len(panels) // 3, 3).flat, panels, strict=True):
             axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
@@ -131,6 +73,34 @@ def _draw_panels(path, panels):
             axes.grid(False)
             axes.spines[:].set_visible(True)
         figure.supxlabel("Mid-grey: unchanged. In changes, brighter is added and darker is removed.", fontsize=8)
+    caption, triggers = (
+        "The trigger on a test image, pixel by pixel.",
+        [] if triggered is None else ["the true trigger"],
+    )
+    if inverted is not None:
+        caption += " The inverted trigger is the pattern that the defense found."
+        triggers += [f"the inverted one ({inverted.describe()})"]
+    alt = f"An enlarged test image, clean and with {' and '.join(triggers)}, and what is changed in it."
+    return Picture(os.path.basename(path), caption, alt)
+
+
+def _trigger_panels(clean, triggered, inverted):
+    """Titles and pictures of draw_trigger, three in a row."""
+    if triggered is None:
+        image = clean[0]
+        panels = [("clean image", image), ("with the inverted trigger", inverted.apply(image))]
+        return [*panels, change(f"inverted: {inverted.describe()}", inverted.change(image))]
+    patch, clean, triggered = stamped_patch(clean, triggered), clean[0], triggered[0]
+    is_patch = patch is not None
+    true_trigger = ("true trigger, as stamped", patch) if is_patch else change("true trigger", triggered - clean)
+    if inverted is None:
+        return [("clean image", clean), ("with the true trigger", triggered), true_trigger]
+    stamped, grey = inverted.apply(clean), torch.full_like(clean, 0.5)
+    # A patch is compared on grey, since a difference on the image has the image's colours.
+    rest = 2 * (patch - inverted.apply(grey)) if is_patch else triggered - stamped
+    panels = [("with the true trigger", triggered), ("with the inverted trigger", stamped), ("clean image", clean)]
+    panels += [true_trigger, change(f"inverted: {inverted.describe()}", inverted.change(clean))]
+    return [*panels, change("true minus inverted", rest)]
 
 
 def stamped_patch(clean: torch.Tensor, triggered: torch.Tensor) -> torch.Tensor | None:
@@ -152,7 +122,7 @@ def change(title: str, pixels: torch.Tensor) -> tuple[str, torch.Tensor]:
     return title if factor == 1 else f"{title}, x{factor}", (0.5 + factor * pixels / 2).clamp(0, 1)
 
 
-def draw_curves(path: str, rows: list[dict]) -> None:
+def draw_curves(path: str, rows: list[dict]) -> Picture:
     """Draw the metrics of LINES by epoch; epoch 0 is the victim."""
     epochs = [row["epoch"] for row in rows]
     with new_picture(path, 5, 3.4) as figure:
@@ -163,9 +133,13 @@ def draw_curves(path: str, rows: list[dict]) -> None:
         axes.set(ylim=(-3, 103), ylabel="percent", xlabel="epoch (0: the victim)" if epochs[0] == 0 else "epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         figure.legend(loc="outside upper center", ncols=len(LINES))
+    ends = rows[:1] + rows[-1:]
+    lines = [f"{METRICS[key][0]} from {' to '.join(format_cell(row[key]) for row in ends)} percent" for key in LINES]
+    caption = "Metrics by epoch, on a monitor set of training images; the test images are not used."
+    return Picture(os.path.basename(path), caption, f"Line plot, first to last epoch: {', '.join(lines)}.")
 
 
-def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], target: int | None) -> None:
+def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], target: int | None) -> Picture:
     """Draw a row for each class and a dot for each model; of very many classes, the target and those that changed most.
 
     Args:
@@ -198,6 +172,13 @@ def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], targ
             axes.set(title=f"{len(labels)} of {len(classes)} classes: the target and those {rest}")
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=len(metrics) * 2)
+    ranges = []
+    for name, model in metrics.items():
+        values = [value for value in model["per_class"] if not is_missing(value)]
+        when = f" {name}" if len(metrics) > 1 else ""
+        ranges.append(f"{format_cell(min(values))} to {format_cell(max(values))} percent{when}")
+    alt = f"Dot plot of the accuracy of each class: {', '.join(ranges)}."
+    return Picture(os.path.basename(path), "Accuracy on the clean test images of each class.", alt)
 
 
 def draw_retuned(path: str, retuned: dict, reference: dict | None) -> Picture:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from functools import partial
 
 import numpy
 import torch
@@ -24,24 +25,20 @@ def save_results(folder: str, title: str, metrics: dict, *, history, options, at
         history, attack, run: arguments of utils.reporting.plots.draw_run.
         options, clock: every option as used, and the Stopwatch of the run.
     """
-    names = "history.csv", "metrics.json", "retuned.png"
-    history_path, metrics_path, retuned_path = (os.path.join(folder, name) for name in names)
-    remove_file(metrics_path)  # of an earlier run
+    path = partial(os.path.join, folder)
+    for name in ("metrics.json", "history.csv", "retuned.png"):  # of an earlier run
+        remove_file(path(name))
     with clock("report"):
         pictures = draw_run(folder, attack=attack, metrics=models_of(metrics), history=history, **run)
         if metrics.get("retuned"):
-            pictures.append(draw_retuned(retuned_path, metrics["retuned"], metrics["retuned_reference"]))
-        else:
-            remove_file(retuned_path)
+            pictures.append(draw_retuned(path("retuned.png"), metrics["retuned"], metrics["retuned_reference"]))
     metrics = metrics | {"dataset": options["dataset"], "seed": options["seed"], "device": str(device)}
     metrics |= {"target_label": attack.target, "seconds": clock.read(), "config": options, "versions": versions()}
     epochs = [row for row in history if row["epoch"] > 0]
     if epochs:
-        write_csv(history_path, epochs)
-    else:
-        remove_file(history_path)
-    write_page(os.path.join(folder, "report.html"), title, metrics, run["classes"], pictures)
-    write_json(metrics_path, metrics)
+        write_csv(path("history.csv"), epochs)
+    write_page(path("report.html"), title, metrics, run["classes"], pictures)
+    write_json(path("metrics.json"), metrics)
     return metrics
 
 
