@@ -64,7 +64,7 @@ class Classifier(nn.Module):
     def __deepcopy__(self, memo):
         """A copy; what the network keeps of its last pass would have a graph, which torch cannot copy."""
         if self.image_size is not None:
-            self._probe(self._images())
+            self._probe()
         duplicate = memo[id(self)] = self.__new__(type(self))
         vars(duplicate).update(copy.deepcopy(vars(self), memo))
         return duplicate
@@ -95,7 +95,7 @@ class Classifier(nn.Module):
         for layout in (torch.channels_last, torch.contiguous_format):  # x.view(len(x), -1) needs the latter
             self.memory_format = layout
             try:
-                logits, runs = self.to(memory_format=layout)._probe(self._images())
+                logits, runs = self.to(memory_format=layout)._probe()
                 break
             except Exception as error:  # noqa: BLE001 - the code of others can raise anything
                 reason = _reason(error)
@@ -115,13 +115,16 @@ class Classifier(nn.Module):
             )
         return shape[1]
 
+    def _network_input(self, x):
+        return self.normalize(x).contiguous(memory_format=self.memory_format)
+
     def _images(self):
         """Two random images: constant ones would have no spread to divide by."""
         images = torch.rand(2, 3, *self.image_size, generator=torch.Generator().manual_seed(0))
         return images.to(next(self.parameters()).device)
 
-    def _probe(self, images):
-        """The output for some images, and of each linear layer that runs its name, its output, and W z + b."""
+    def _probe(self):
+        """The output for two images, and of each linear layer that runs its name, its output, and W z + b."""
         names = {module: name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)}
         runs = []
 
@@ -129,7 +132,7 @@ class Classifier(nn.Module):
             runs.append((names[layer], output.clone(), F.linear(inputs[0], layer.weight, layer.bias)))
 
         with torch.no_grad(), _evaluating(self), _hooked(names, record):
-            return self.network(self.normalize(images).contiguous(memory_format=self.memory_format)), runs
+            return self.network(self._network_input(self._images())), runs
 
     def _has_gradient(self):
         """Whether the features depend on the images by a gradient, which inversion follows."""
@@ -177,7 +180,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) images in [0, 1] -> (B, num_class) logits, float32 under autocast as well."""
-        logits = self.network(self.normalize(x).contiguous(memory_format=self.memory_format))
+        logits = self.network(self._network_input(x))
         # In training, torchvision's GoogLeNet and Inception return those of auxiliary classifiers, too.
         logits = logits[0] if isinstance(logits, tuple) else logits
         if not isinstance(logits, torch.Tensor):
