@@ -29,8 +29,8 @@ PATIENCE = 0.1  # fraction of the steps, in a row above or below HIT_RATE, after
 NOISE, NOISE_RADIUS = 0.5, 2  # a later round starts from noise of up to NOISE, NOISE_RADIUS pixels around the pattern
 IDLE_ROUNDS = 2  # rounds in a row without a smaller pattern that end the inversion
 MAX_SHIFT, SHIFT_HIT_RATE = 2, 0.5  # a pattern shifted by up to 2 pixels is kept from this hit rate on
-# Limits up to which a pattern is taken for the trigger: a fraction of the image's pixels (patterns of labels without a
-# backdoor have twice as many), and for a warp a fraction of the image's width.
+# Limits up to which a pattern is taken for the trigger: a fraction of the image's pixels (the shipped clean
+# model's patterns have 39 and 53 of 1,024), and for a warp a fraction of the image's width.
 MAX_PATCH, MAX_WARP = 0.03, 0.02
 # Images that each wave is tried on, and waves kept: keeping all 58 that a SIG victim responds to costs accuracy.
 WAVE_IMAGES, MAX_WAVES = 20, 16

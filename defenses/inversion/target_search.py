@@ -29,8 +29,8 @@ UNTARGETED_START = 0.3  # scale of ANY_OTHER's start: at 1 the noise alone turns
 FULL_SEARCHES, PROMISING, FIRST_STEPS = 10, 4, 20
 TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate are averaged
 SUSPECTS = 2  # labels inverted in full if none is flagged
-# Waves of up to LOW_CYCLES cycles a side are tried. The best of them turns at most 72 % of the images of models without
-# a wave or a warp as their trigger; of up to 8 cycles, 92 %. SIG's own wave has 6, so the limit depends on it.
+# Waves of up to LOW_CYCLES cycles a side are tried. The best of them turns at most 72 % of the images of CIFAR-10
+# models without a wave or a warp as their trigger, of up to 8 cycles 92 %. SIG's wave has 6: the limit depends on it.
 LOW_CYCLES = 6
 FIRST_WAVE_IMAGES, WAVE_IMAGES, WAVE_CANDIDATES = 25, 200, 3  # for all waves, and for the best ones of each label
 # Patterns in one forward pass, of 32x32 pixels; fewer of more. On a CPU one keeps to the cache (ten took three times as
