@@ -45,7 +45,7 @@ def test_only_the_label_of_a_working_backdoor_counts_as_found(capsys):
     assert "ROC area of the smallest size 0.833; of 3 purified victims, 2 with an ASR of at most 3 %" in text
 
 
-@pytest.mark.parametrize(("of_range", "count"), [(0.0145, 0), (0.0146, 1), (0.0217, 7), (0.5, len(CLEAN_SIZES))])
+@pytest.mark.parametrize(("of_range", "count"), [(0.0145, 0), (0.0146, 1), (0.0217, 9), (0.5, len(CLEAN_SIZES))])
 def test_a_label_has_a_place_among_the_clean_networks(of_range, count):
     with open(TABLE) as file:
         sizes = sorted(float(row["size"]) for row in csv.DictReader(file) if not row["backdoors"])

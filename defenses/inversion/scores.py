@@ -18,9 +18,9 @@ MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, {PixelForm.name: 0.015, Warp
 MAX_SUSPECT_AREA = 0.015
 # Of each clean network of docs/population.csv, the smallest pattern or warp that works, in percent of the range.
 CLEAN_SIZES = (
-    1.46, 1.87, 1.98, 2.11, 2.14, 2.17, 2.17, 2.18, 2.19, 2.20, 2.21, 2.28, 2.32, 2.40, 2.43, 2.53, 2.60, 2.60,
-    2.66, 2.75, 2.75, 2.85, 2.88, 2.90, 2.96, 2.99, 3.15, 3.15, 3.20, 3.56, 3.63, 3.68, 3.73, 3.81, 4.05, 4.05,
-    4.27, 4.35, 4.95, 5.68, 5.70, 6.36, 6.72, 8.08, 8.77, 9.42,
+    1.46, 1.87, 1.87, 1.98, 1.99, 2.11, 2.14, 2.17, 2.17, 2.18, 2.19, 2.20, 2.21, 2.28, 2.32, 2.40, 2.43, 2.53,
+    2.60, 2.60, 2.66, 2.75, 2.75, 2.85, 2.88, 2.90, 2.96, 2.99, 3.15, 3.15, 3.20, 3.56, 3.63, 3.68, 3.73, 3.81,
+    4.05, 4.05, 4.27, 4.35, 4.95, 5.68, 5.70, 6.36, 6.72, 8.08, 8.77, 9.42,
 )  # fmt: skip
 # A model that predicts one label for more than this fraction of the images of other labels has hardly learned anything.
 # Small patterns lead to any label there, so that only half the size counts.
@@ -74,7 +74,7 @@ class LabelScore:
     def clean_networks(self) -> int | None:
         """How many of the networks of CLEAN_SIZES have a pattern as small as this; None for a wave.
 
-        A new clean network of their kind has one as small with a probability of at most (n + 1) / (46 + 1).
+        A new clean network of their kind has one as small with a probability of at most (n + 1) / (48 + 1).
         """
         return None if self.form == "wave" else sum(size <= 100 * self.of_range for size in CLEAN_SIZES)
 
