@@ -60,5 +60,7 @@ def test_the_reason_gives_the_place_of_patterns_that_were_not_inverted_in_full()
     place = f": so small a pattern was found in 1 of {len(CLEAN_SIZES)} clean networks"
     assert choose_label([score], False)[1] == f"a backdoor to label 3 is suspected{place}"
     assert choose_label([replace(score, label=-1)], False)[1].endswith(f"another one is suspected{place}")
-    for other in (replace(score, inverted_area=0.01), replace(score, form="wave", runner_up=0.1)):
-        assert choose_label([other], False)[1] == "a backdoor to label 3 is suspected"
+    suspected = "a backdoor to label 3 is suspected"
+    assert choose_label([replace(score, inverted_area=0.01)], False)[1] == suspected
+    by_wave = replace(score, form="wave", runner_up=0.1)
+    assert choose_label([by_wave], False)[1] == f"{suspected}: a wave leads to it, as in some clean models, too"

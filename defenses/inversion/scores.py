@@ -116,20 +116,19 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
     lowest = min(candidates, key=lambda score: score.index).label
     areas = [score.inverted_area for score in scores if score.inverted_area is not None]
     checked = f", and the most suspicious, inverted in full, change {min(areas):.1%} of the pixels" if areas else ""
-    if scores[0].weak_floor is not None:
-        checked = (
-            f"; but the model predicts one label for {scores[0].weak_floor:.0%} of the images of the others, and is"
-        )
-        checked += " so weak that this says little"
+    floor = scores[0].weak_floor
+    if floor is not None:
+        checked = f"; but the model predicts one label for {floor:.0%} of the images of the others, and is so weak"
+        checked += " that this says little"
     action = f"--force: defending against {label_name(lowest)}" if force else "the model is left unchanged"
-    return (
-        lowest if force else None,
-        f"no backdoor was found: no label has a far smaller pattern than the others{checked}; {action}",
-    )
+    reason = f"no backdoor was found: no label has a far smaller pattern than the others{checked}; {action}"
+    return lowest if force else None, reason
 
 
 def _evidence(score):
     """The place of a flagged score among clean networks, to follow "is suspected"."""
-    if score.form == "wave" or score.inverted_area is not None:
+    if score.inverted_area is not None:
         return ""
+    if score.form == "wave":
+        return ": a wave leads to it, as in some clean models, too"
     return f": so small a pattern was found in {score.clean_networks or 'none'} of {len(CLEAN_SIZES)} clean networks"
