@@ -273,6 +273,7 @@ def parse(script: str, argv: list[str] | None = None, description: str | None = 
         options.defense = names if len(names) > 1 else names[0]
         cli.fill_in_defaults(options, DEFENSES.get(names[0], {}) if len(names) == 1 else {})
     cli.check_options(parser, options, explicit, methods)
+    options.trigger_seed = options.seed  # also with --seeds: all runs of a comparison measure the same trigger
     return options, explicit
 
 

@@ -175,7 +175,7 @@ def get_retuning_batches(opt, train_set: ImageSet, attack: Attack, device) -> di
         order = unused[torch.randperm(len(unused), generator=generator(opt.seed, f"retune {draw}"))]
         clean, others = order[:CLEAN_IMAGES], order[CLEAN_IMAGES:]
         candidates = others[attack.attackable(train_set.labels[others])]
-        for count in opt.retune:
+        for count, draws in batches.items():
             if len(candidates) < count:
                 message = f"--retune {count} needs more images than the {len(candidates)} left to attack"
                 reason = f"the attack takes {CLEAN_IMAGES:,} clean ones first, none of them in the clean split"
@@ -186,7 +186,8 @@ def get_retuning_batches(opt, train_set: ImageSet, attack: Attack, device) -> di
             labels = torch.cat([train_set.labels[clean], attack.attack_labels(train_set.labels[poisoned])])
             rng = generator(opt.seed, f"retune batches {draw}")
             data = TensorImages(images, labels)
-            batches[count].append(Batches(data, RETUNE_BATCH, device, shuffle=True, rng=rng))
+            leaves_one = len(data) % RETUNE_BATCH == 1  # which batch normalisation of vectors does not take
+            draws.append(Batches(data, RETUNE_BATCH, device, shuffle=True, drop_last=leaves_one, rng=rng))
     return batches
 
 

@@ -22,7 +22,7 @@ from attacks import Attack, UnknownAttack, build_attack
 from attacks.retune import retuned_metrics
 from attacks.stated import ATTACK_OPTIONS, options_as_used
 from data_loader import get_clean_split, get_eval_set, get_normalization, get_retuning_batches, load_images
-from defenses import MAX_HIT_RATE, DefenseContext, find_target, remove_backdoors
+from defenses import DefenseContext, find_target, is_purified, remove_backdoors
 from defenses.inversion import ANY_OTHER, label_name
 from models.loading import load_classifier, load_clean_model
 from utils.checkpoint import check_data, find_weights, read_checkpoint, save_checkpoint
@@ -216,7 +216,7 @@ def defend(opt, victim, split, target, num_class, device, clock, monitor):
 
 
 def measure_inverted(models, triggers, batches) -> dict:
-    """The percentages of clean images that inverted triggers turn, before and after, and whether all lost their hold.
+    """The percentages of clean images that inverted triggers turn, before and after, and whether none works any more.
 
     Of several, the rates are those of the trigger that turns most images after it; without any, both are None.
     """
@@ -225,7 +225,7 @@ def measure_inverted(models, triggers, batches) -> dict:
         for label, trigger in triggers.items()
     ]
     worst = max(rates, key=lambda rate: rate["after"], default=None)
-    return {"inverted_hit_rate": worst, "purified": worst and worst["after"] <= 100 * MAX_HIT_RATE}
+    return {"inverted_hit_rate": worst, "purified": is_purified(models.get("after"), triggers, batches)}
 
 
 def save_purified(path, results, model, metadata):

@@ -23,7 +23,7 @@ def build_attack(opt, num_class: int, size: tuple[int, int], surrogate=None) -> 
             f"train_badnet.py wrote, or another --trigger_type"
         )
     build_options = {name: surrogate if name == "surrogate" else getattr(opt, name) for name in spec.build_options}
-    tensors = spec.build(size, generator(opt.seed, opt.trigger_type), **build_options) if spec.build else {}
+    tensors = spec.build(size, generator(opt.trigger_seed, opt.trigger_type), **build_options) if spec.build else {}
 
     def values(names):
         return {name: getattr(opt, name) for name in names if hasattr(opt, name)}

@@ -6,6 +6,7 @@ result counts as the excess over a clean model that was re-tuned with the same i
 
 import statistics
 
+from utils.seed import seeded
 from utils.training import finetune
 
 CLEAN_IMAGES, BATCH_SIZE, DRAWS = 2_500, 64, 3
@@ -18,7 +19,8 @@ def retune(model, batches, device):
     The generator of the batches is set back, so that every model is re-tuned on the same batches.
     """
     state = batches.rng.get_state()
-    student, _ = finetune(model, batches, device, title="", **SGD)
+    with seeded(batches.rng.initial_seed()):
+        student, _ = finetune(model, batches, device, title="", **SGD)
     batches.rng.set_state(state)
     return student
 

@@ -1,15 +1,15 @@
 """The defenses: functions of a DefenseContext and their own options that return a DefenseResult; purify runs one."""
 
 from defenses.base import DefenseContext, DefenseResult
-from defenses.purify import DEFENSE_FUNCTIONS, MAX_HIT_RATE, PurifyResult, find_target, purify, remove_backdoors
+from defenses.purify import DEFENSE_FUNCTIONS, PurifyResult, find_target, is_purified, purify, remove_backdoors
 
 __all__ = [
     "DEFENSE_FUNCTIONS",
-    "MAX_HIT_RATE",
     "DefenseContext",
     "DefenseResult",
     "PurifyResult",
     "find_target",
+    "is_purified",
     "purify",
     "remove_backdoors",
 ]

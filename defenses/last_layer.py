@@ -9,6 +9,7 @@ from defenses.inversion import PatternApplier
 # features are few, the target class needs these directions, too: they cost a WRN (64 features) 17 to 40 %.
 DIRECTIONS, MAX_COST = 4, 0.02
 DIRECTION_IMAGES = 1_000  # clean images from which the directions are computed
+RELATIVE_ZERO = 1e-5  # shifts that are shorter, relative to the longest, are rounding errors
 
 
 def trigger_directions(victim, patterns, batches, target) -> torch.Tensor:
@@ -27,7 +28,8 @@ def trigger_directions(victim, patterns, batches, target) -> torch.Tensor:
             count += len(shifts[-1])
             if count >= DIRECTION_IMAGES:
                 break
-    return torch.linalg.svd(torch.cat(shifts), full_matrices=False).Vh[:DIRECTIONS]
+    _, lengths, directions = torch.linalg.svd(torch.cat(shifts), full_matrices=False)
+    return directions[:DIRECTIONS][lengths[:DIRECTIONS] > RELATIVE_ZERO * lengths[:1]]
 
 
 def make_blind(model, directions, batches) -> bool:

@@ -208,7 +208,7 @@ def train_student_gently(context: DefenseContext, positive, patterns, batches, t
     for share in RATE_SHARES:
         settings = {"lr": share * lr, "align_weight": align_weight, **options}
         candidate, rows = train_student(context.victim, positive, patterns, batches, context.device, **settings)
-        if student is not None and trigger.rate_on(candidate, context.plain_batches, context.target) > 1 - HIT_RATE:
+        if student is not None and trigger.excess_on(candidate, context.plain_batches, context.target) > 1 - HIT_RATE:
             break
         student, history = candidate, rows
         similarity = mean_cosine(student.features, positive.features, context.plain_batches)

@@ -19,7 +19,7 @@ def trigger_fraction(images: torch.Tensor, add_trigger) -> torch.Tensor:
 
     Batches come in random order: over an epoch, this is a random fifth of the clean split.
     """
-    count = round(TRIGGERED * len(images))
+    count = max(1, round(TRIGGERED * len(images)))
     return torch.cat([add_trigger(images[:count]), images[count:]])
 
 

@@ -1,6 +1,7 @@
 """purify, the Python entry point, and the steps that it shares with main.py."""
 
 import copy
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from utils.device import pick_device
 from utils.errors import RunError, UserError, did_you_mean
 from utils.metrics import percent, predict
 from utils.progress import Stopwatch
-from utils.seed import generator
+from utils.seed import generator, seeded
 
 # A new defense is a file in this folder, an entry here, and a recipe in config.DEFENSES.
 DEFENSE_FUNCTIONS = {
@@ -43,7 +44,7 @@ CONSUMED_OPTIONS = {"target", "force", "verify", "batch_size", "augment"}
 # Least momentum of batch normalisation. A defense has some hundred steps: with the 0.01 of MobileNets, the statistics
 # would need all of them.
 MIN_MOMENTUM = 0.1
-MAX_HIT_RATE = 1 - HIT_RATE  # up to this fraction of turned images, an inverted trigger has lost its hold
+MAX_HIT_RATE = 1 - HIT_RATE  # an inverted trigger no longer works if it turns at most this fraction of the images
 
 
 class PurifyResult(NamedTuple):
@@ -111,7 +112,7 @@ def purify(
     augment = recipe["augment"] == "crop_flip"
     train, plain, search = defender_batches(data, recipe["batch_size"], augment, mirrored, seed, device)
     scores, target = None, recipe.get("target")
-    if not (target in (None, "auto", "any") or (isinstance(target, int) and ANY_OTHER <= target < num_class)):
+    if not (target in (None, "auto", "any") or (isinstance(target, Integral) and ANY_OTHER <= target < num_class)):
         raise UserError(f"target must be 'auto', 'any' or a label from 0 to {num_class - 1}, not {target!r}")
     if target == "auto":
         target, scores, _ = find_target(victim, search, num_class, device, seed, recipe)
@@ -123,14 +124,22 @@ def purify(
     )
     student, history, triggers = remove_backdoors(defense, context, recipe, search, num_class)
     batches = Batches(data, 125, device)
-    rates = [found.rate_on(student, batches, label) for label, found in triggers.items()]
-    purified = max(rates) <= MAX_HIT_RATE if triggers else None
+    purified = is_purified(student, triggers, batches)
     models = {"before": victim, "after": student}
     accuracy = {name: percent(predict(classifier, batches) == data.labels) for name, classifier in models.items()}
     for trained, own in zip(student.network.parameters(), model.parameters(), strict=True):
         trained.requires_grad_(own.requires_grad)
+    for trained, own in zip(student.network.modules(), model.modules(), strict=True):
+        if isinstance(own, _BatchNorm):
+            trained.momentum = own.momentum
     model, trigger = None if purified is False else student.network, triggers.get(target)
     return PurifyResult(model, target, scores, trigger, purified, accuracy, history)
+
+
+def is_purified(student, triggers: dict, batches) -> bool | None:
+    """Whether no inverted trigger (label -> trigger) works on clean images any more; None if there is none."""
+    excesses = [trigger.excess_on(student, batches, label) for label, trigger in triggers.items()]
+    return max(excesses) <= MAX_HIT_RATE if excesses else None
 
 
 def find_target(victim, batches, num_class, device, seed, options: dict, precision="fp32"):
@@ -181,7 +190,8 @@ def run_defense(name: str, context: DefenseContext, options: dict, precision: st
     for module in context.victim.modules():
         if isinstance(module, _BatchNorm) and module.momentum is not None:
             module.momentum = max(module.momentum, MIN_MOMENTUM)
-    return DEFENSE_FUNCTIONS[name](context, precision=precision, **settings)
+    with seeded(context.seed):
+        return DEFENSE_FUNCTIONS[name](context, precision=precision, **settings)
 
 
 def _recipe(defense, target, options):
@@ -196,8 +206,8 @@ def _recipe(defense, target, options):
         raise UserError(f"{defense} needs a target: 'auto', 'any' or a label")
     flags = [f"--{name}" for name, value in options.items() if value is True]
     values = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, bool)]
-    config.parse("main.py", ["--defense", defense, *flags, *values])  # checks choices and ranges
-    return recipe
+    parsed, _ = config.parse("main.py", ["--defense", defense, *flags, *values])  # checks choices and ranges
+    return recipe | {name: getattr(parsed, name) for name, value in options.items() if not isinstance(value, bool)}
 
 
 def _checked(images, labels):

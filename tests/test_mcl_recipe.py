@@ -156,7 +156,7 @@ def test_the_rate_falls_until_clean_features_stay(
         return students[len(used) - 1], [len(used) - 1]
 
     class Trigger:
-        def rate_on(self, *args):
+        def excess_on(self, *args):
             tried.append(args)
             return rates_on.pop(0)
 

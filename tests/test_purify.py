@@ -154,7 +154,7 @@ class CountingTrigger:
     def __init__(self, rate):
         self.rate, self.measured = rate, []
 
-    def rate_on(self, model, batches, label):
+    def excess_on(self, model, batches, label):
         self.measured.append((model, torch.cat([labels for _, labels in batches]).tolist(), label))
         return self.rate
 
@@ -164,7 +164,7 @@ class AlwaysPredicts(nn.Module):
 
     def __init__(self, label):
         super().__init__()
-        self.label, self.network = label, nn.Linear(192, 3)
+        self.label, self.network = label, nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
 
     def forward(self, images):
         return F.one_hot(torch.full((len(images),), self.label), 3).float()

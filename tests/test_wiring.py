@@ -146,6 +146,8 @@ def test_the_worst_of_several_triggers_is_reported():
         def rate_on(self, model, batches, label):
             return model[label]
 
+        excess_on = rate_on
+
     models = {"before": {1: 1.0, 2: 0.75}, "after": {1: 0.0, 2: 0.5}}
     expected = {"inverted_hit_rate": {"before": 75.0, "after": 50.0}, "purified": False}
     assert main.measure_inverted(models, {1: Trigger(), 2: Trigger()}, None) == expected

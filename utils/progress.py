@@ -20,9 +20,11 @@ class Stopwatch:
     @contextmanager
     def __call__(self, stage):
         start, before = time.perf_counter(), sum(self.seconds.values())
-        yield
-        nested = sum(self.seconds.values()) - before
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - nested
+        try:
+            yield
+        finally:
+            nested = sum(self.seconds.values()) - before
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - nested
 
     def read(self) -> dict[str, float]:
         """Seconds of every stage so far, and their sum as "total"."""

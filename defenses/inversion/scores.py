@@ -67,6 +67,8 @@ class LabelScore:
         if self.form == "wave":
             return self.hit_rate >= HIT_RATE and self.runner_up <= MAX_RUNNER_UP
         limit = MAX_OF_RANGE[self.form] * (1 if self.weak_floor is None else WEAK_SHARE)
+        if self.weak_floor is not None and self.weak_floor >= HIT_RATE:  # it predicts this label without a pattern, too
+            return False
         is_small = self.of_median <= MAX_OF_MEDIAN and self.of_range <= limit
         return self.index < MAX_INDEX and is_small and self.hit_rate >= HIT_RATE
 

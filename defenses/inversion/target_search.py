@@ -152,13 +152,15 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             hits = torch.zeros_like(weight.value)
             parts = (images.split(micro_batch), labels.split(micro_batch), attackable.split(micro_batch, 1))
             for micro_images, micro_labels, scored in zip(*parts, strict=True):
-                optimizer.zero_grad()
+                parameters.grad = torch.zeros_like(parameters)
                 for group in kept.split(divisor * patterns_at_once):
+                    part = parameters.detach()[group].requires_grad_()
                     with autocast(device, precision):
-                        wanted = scored[group], form.pattern(parameters[group]), targets[group]
+                        wanted = scored[group], form.pattern(part), targets[group]
                         hit, loss = hits_and_losses(victim, micro_images, micro_labels, *wanted)
-                        loss = loss.sum() + (weight.value[group] * form.penalty(parameters[group])).sum()
+                        loss = loss.sum() + (weight.value[group] * form.penalty(part)).sum()
                     loss.backward()
+                    parameters.grad[group] = part.grad
                     hits[group] += hit
                 optimizer.step()
             rates.append(hits / attackable.sum(1).clamp(min=1))

@@ -1,6 +1,6 @@
 """An inverted trigger: the result of an inversion."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,11 @@ class InvertedTrigger:
                 hits += is_hit(model(triggered), labels, target).sum().item()
                 count += len(images)
         return hits / max(count, 1)
+
+    def excess_on(self, model, batches, target) -> float:
+        """rate_on, less the rate of the same images without the pattern: errors that no trigger causes."""
+        nothing = replace(self, pattern=torch.zeros_like(self.pattern))
+        return self.rate_on(model, batches, target) - nothing.rate_on(model, batches, target)
 
     def apply(self, image: torch.Tensor) -> torch.Tensor:
         """A (3, H, W) image in [0, 1] with the pattern on it."""

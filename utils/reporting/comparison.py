@@ -37,19 +37,21 @@ def columns_of(rows: list[dict]) -> dict[str, tuple]:
 def mean_rows(rows: list[dict]) -> list[dict]:
     """One row for each victim and defense: means over its seeds and, under "sd", standard deviations (one seed: 0).
 
-    A backdoor counts as removed only if every seed removed it.
+    A backdoor counts as removed only if every seed of the comparison removed it.
     """
-    groups, means = {}, []
+    groups, means, seed_count = {}, [], len({row["seed"] for row in rows})
     for row in rows:
         groups.setdefault((row["victim"], row["defense"]), []).append(row)
     for runs in groups.values():
-        mean = {**runs[0], "sd": {}, "unchanged": sum(not row["changed"] for row in runs), "runs": len(runs)}
+        mean = {**runs[0], "sd": {}, "runs": len(runs), "missing": seed_count - len(runs)}
+        mean["unchanged"] = sum(not row["changed"] for row in runs)
+        mean["working"] = sum(row["purified"] is False for row in runs)
         for key in {**METRICS, **columns_of(rows)}:
             values = [row[key] for row in runs]
             complete = not any(map(is_missing, values))
             mean[key] = statistics.fmean(values) if complete else None
             mean["sd"][key] = statistics.stdev(values) if complete and len(values) > 1 else 0.0
-        mean["removed"] = all(map(_removed_backdoor, runs))
+        mean["removed"] = not mean["missing"] and all(map(_removed_backdoor, runs))
         means.append(mean)
     return means
 
@@ -76,7 +78,7 @@ def comparison_tables(rows: list[dict], mark) -> list[tuple[str, list[str], list
                     cells[victim][row["defense"]][key] = mark(cells[victim][row["defense"]][key])
         cells[victim]["none"] = {key: format_cell(runs[0].get(f"before_{key}", "")) for key in columns}
     if len(cells) == 1:
-        names = {row["defense"]: row["defense"] + _unchanged(row) for row in means}
+        names = {row["defense"]: " ".join([row["defense"], *_remarks(row)]) for row in means}
         table = [[names.get(name, name), *texts.values()] for name, texts in cells[victim].items()]
         table[0][0] = "none"
         return [(victim, ["defense", *(label for label, _ in columns.values())], table)]
@@ -122,15 +124,23 @@ def _mean_cell(row, key):
     return text if row["runs"] == 1 or is_missing(row[key]) else f"{text} ± {row['sd'][key]:.2f}"
 
 
-def _unchanged(row):
-    """What is said of a defense that left the victim unchanged, in how many of its runs."""
-    count = "" if row["runs"] == 1 else f" in {row['unchanged']} of {row['runs']}"
-    return f" (found nothing{count})" if row["unchanged"] else ""
+def _remarks(row):
+    """What the metrics of a defense do not show, in how many of its runs."""
+
+    def remark(count, text):
+        total = row["runs"] + row["missing"]
+        return [f"({text}{'' if total == 1 else f' in {count} of {total}'})"] if count else []
+
+    remarks = remark(row["unchanged"], "found nothing") + remark(row["working"], "inverted trigger still works")
+    return remarks + remark(row["missing"], "no result")
 
 
 def _notes(rows, marked):
     """What the numbers and the marks mean."""
     lines = "column" if len(_by_victim(rows)) == 1 else "row"
     seeds = dict.fromkeys(str(row["seed"]) for row in rows)
-    notes = [f"{marked} {NOTE.format(lines)}."] if any(row["removed"] for row in mean_rows(rows)) else []
+    means = mean_rows(rows)
+    notes = [f"{marked} {NOTE.format(lines)}."] if any(row["removed"] for row in means) else []
+    if lines == "row":
+        notes += [f"{row['victim']}, {row['defense']}: {' '.join(_remarks(row))}" for row in means if _remarks(row)]
     return [SEEDS_NOTE.format(", ".join(seeds)), *notes] if len(seeds) > 1 else notes
