@@ -13,7 +13,6 @@ from conftest import ROOT
 from defenses import DEFENSE_FUNCTIONS
 from utils.reporting.tables import verdict
 
-pytestmark = pytest.mark.xdist_group("scripts")  # one process: the victim is trained once
 # A trigger of 25 pixels and a fifth of the images poisoned: small enough a training for a test, and still a backdoor.
 VICTIM = (
     *("--dataset", "shapes", "--arch", "WRN-10-1", "--device", "cpu", "--print_freq", 0),
@@ -198,7 +197,7 @@ def test_a_comparison_interrupted_and_resumed_ends_as_one_left_alone(script, fol
 
 def test_the_published_recipe_is_reachable(script, folder, victim):
     words = "--positive backdoored --contrast all --align_weight 0 --augment none --ema 0 --schedule steps --epochs 1"
-    words += " --inversion_rounds 1 --inversion_steps 20 --rounds 1 --target 5 --name published"
+    words += " --inversion_steps 20 --target 5 --name published"
     done = script("main.py", *DEFENSE, *output_options(folder), "--model", victim, *words.split())
     assert done.returncode == 0, done.stderr
     assert metrics_of(folder, "published")["trigger"]["hit_rate"] >= 90

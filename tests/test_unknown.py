@@ -10,8 +10,6 @@ from attacks import UnknownAttack
 from data_loader import get_eval_set
 from utils.metrics import evaluate
 
-pytestmark = pytest.mark.xdist_group("unknown")  # one process: the defense runs once
-
 DEFENSE = ("--dataset", "shapes", "--device", "cpu", "--ratio", 0.128, "--print_freq", 0)
 QUICK = ("--target", 5, "--inversion_rounds", 1, "--rounds", 1, "--finetune_epochs", 1, "--epochs", 1)
 
