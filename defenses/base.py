@@ -13,7 +13,7 @@ from utils.seed import generator
 from utils.training import train
 
 REMAINING_ROUNDS = 2  # rounds of the inversion of a student
-MAX_REMAINING = 0.05  # of the pixels; a pattern of no more, if it works on the student, is a rest of the backdoor
+MAX_REMAINING = 0.05  # fraction of the pixels: a larger pattern that works on the student is no rest of the backdoor
 
 
 class DefenseContext(NamedTuple):

@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         self.normalize = Normalize(mean, std)
         self.network = network
         self.head_name, self.memory_format, self.image_size = head, torch.channels_last, None
-        # Frozen layers are trained, since the backdoor may be in them; other frozen parameters are not weights.
+        # A frozen weight or bias is trained, since the backdoor may be in it; other frozen parameters stay.
         self.constants = {
             name
             for name, parameter in self.named_parameters()
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
         return self
 
     def __deepcopy__(self, memo):
-        """A copy; what the network keeps of its last pass would have a graph, which torch cannot copy."""
+        """A copy, after a pass without gradients: torch cannot copy a tensor with a graph that the network keeps."""
         if self.image_size is not None:
             self._probe()
         duplicate = memo[id(self)] = self.__new__(type(self))
@@ -110,9 +110,7 @@ class Classifier(nn.Module):
             raise UserError(f"{name} does not end with a linear layer of {shape[1]} logits, which MCL's features need")
         self.head_name = runs[-1][0]
         if not self._has_gradient():
-            raise UserError(
-                f"{name} gives images no gradient, without which no trigger is found: torch.no_grad, detach?"
-            )
+            raise UserError(f"{name} gives images no gradient, which the inversion needs: is it under torch.no_grad?")
         return shape[1]
 
     def _network_input(self, x):
@@ -135,7 +133,7 @@ class Classifier(nn.Module):
             return self.network(self._network_input(self._images())), runs
 
     def _has_gradient(self):
-        """Whether the features depend on the images by a gradient, which inversion follows."""
+        """Whether the features have a gradient with respect to the images, which the inversion follows."""
         images = self._images().requires_grad_()
         with torch.enable_grad(), _evaluating(self):
             features = self.features(images)

@@ -24,6 +24,7 @@ from defenses.last_layer import trigger_directions
 from defenses.nc import trigger_fraction
 from utils.batches import Batches
 from utils.datasets import ImageSet
+from utils.errors import RunError
 from utils.progress import Stopwatch
 from utils.reporting.comparison import comparison_tables, comparison_text
 
@@ -136,7 +137,7 @@ def test_numbers_of_numpy_and_of_text_are_taken_and_momenta_left_as_they_were():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.01), nn.Flatten(), nn.Linear(144, 3))
     result = purify(model, IMAGES, LABELS, defense="ft", epochs="1", device="cpu")
     assert [module.momentum for module in result.model.modules() if isinstance(module, nn.BatchNorm2d)] == [0.01]
-    with pytest.raises(Exception, match="no pattern turns"):
+    with pytest.raises(RunError, match="no pattern turns"):
         steps = {"inversion_steps": 1, "inversion_batches": 1, "inversion_rounds": 1}
         purify(model, IMAGES, LABELS, target=np.int64(1), **steps, **QUICK)
 

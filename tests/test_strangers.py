@@ -15,7 +15,7 @@ from defenses.last_layer import make_blind
 from models import load_model, select_model
 from models.selector import Classifier
 from utils.checkpoint import recognise
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.training import end_epoch
 
 
@@ -207,7 +207,7 @@ def test_statistics_that_are_not_finite_end_a_training_and_masks_do_not(victim):
     row = {"epoch": 1, "lr": 0.1, "loss": 1.0, "seconds": 0.0}
     assert end_epoch(dict(row), Mask(), None, 1, None, None, None) == row
     next(module for module in victim.modules() if isinstance(module, nn.BatchNorm2d)).running_var.fill_(np.inf)
-    with pytest.raises(Exception, match="no longer finite"):
+    with pytest.raises(RunError, match="no longer finite"):
         end_epoch(dict(row), victim, None, 1, None, None, None)
 
 

@@ -26,7 +26,7 @@ from utils.progress import progress_bar
 from utils.seed import generator
 
 PATIENCE = 0.1  # fraction of the steps, in a row above or below HIT_RATE, after which the penalty's weight moves
-NOISE, NOISE_RADIUS = 0.5, 2  # a later round starts from noise of up to NOISE, NOISE_RADIUS pixels around the pattern
+NOISE, NOISE_RADIUS = 0.5, 2  # height of the noise in a later round, and its distance in pixels to the last pattern
 IDLE_ROUNDS = 2  # rounds in a row without a smaller pattern that end the inversion
 MAX_SHIFT, SHIFT_HIT_RATE = 2, 0.5  # a pattern shifted by up to 2 pixels is kept from this hit rate on
 # Limits up to which a pattern is taken for the trigger: a fraction of the image's pixels (the shipped clean
