@@ -31,7 +31,7 @@ from utils.datasets import MIRRORED
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.distributed import torchrun_processes
 from utils.errors import RunError, UserError, run_script
-from utils.files import check_writable, remove_file, sha256_of
+from utils.files import announce_replacement, check_writable, remove_file, sha256_of
 from utils.grid import deal_out
 from utils.metrics import evaluate, make_monitor
 from utils.progress import Stopwatch
@@ -100,7 +100,6 @@ def run(opt, explicit, name) -> dict:
     with clock("evaluate"):
         inverted = measure_inverted(models, triggers, part.clean)
     purified = models.get("after") if inverted["purified"] is not False else None
-    save_purified(purified_path, results, purified, {**metadata, "metrics": metrics["after"]})
 
     print("", published_table(opt.dataset, **metrics, defense=opt.defense), "", sep="\n")
     print(metrics_table(test_set.classes, **metrics))
@@ -108,6 +107,7 @@ def run(opt, explicit, name) -> dict:
     if retuning:
         with clock("retune"):
             metrics |= measure_retuned(models.get("after", victim), reference, retuning, test, attack, device)
+    save_purified(purified_path, results, purified, {**metadata, "metrics": metrics["after"]})
     drawn = {"sample": sample, "attack": attack, "models": models, "history": history, "trigger": triggers.get(target)}
     settings = {"options": vars(opt), "device": device, "clock": clock}
     metrics = save_results(results, name, metrics, classes=test_set.classes, **drawn, **settings)
@@ -124,6 +124,9 @@ def compare(opt, explicit, processes):
     name = opt.name or f"{opt.dataset}-comparison"
     checkpoints = {path: read_checkpoint(path) for path in opt.model}  # an unreadable file ends the run now, not later
     runs, rows, failures = planned_runs(opt, name), {}, []
+    planned = [(victim, run_options.defense) for victim, run_options in runs.values()]
+    if not opt.resume and processes.count == 1:
+        announce_replacement(os.path.join(opt.log_root, name), "comparison.csv")
     for run_name in deal_out(os.path.join(opt.log_root, name), runs, processes.count):
         victim, run_options = runs[run_name]
         title = ", ".join([victim, run_options.defense, *([f"seed {run_options.seed}"] if opt.seeds else [])])
@@ -136,19 +139,19 @@ def compare(opt, explicit, processes):
             metrics = metrics or run(run_options, explicit, run_name)
             rows[run_name] = comparison_row(victim, run_options.defense, metrics)
         except (RunError, UserError) as error:
-            if not (rows or failures) and isinstance(error, UserError):
+            if run_name == next(iter(runs)) and isinstance(error, UserError):
                 raise
             failures.append(f"{title}: {error}")
             print(f"failed: {error}")
         except Exception as error:  # noqa: BLE001 - a network of others can raise anything; the other runs go on
             failures.append(f"{title}: {type(error).__name__}: {error}")
             traceback.print_exc()
-        done = [rows[planned] for planned in runs if planned in rows]
+        done = [rows[finished] for finished in runs if finished in rows]
         if processes.is_main:
-            write_comparison(os.path.join(opt.log_root, name), done)
+            write_comparison(os.path.join(opt.log_root, name), done, planned)
     if rows:
-        print("", comparison_text(done), sep="\n")
-    if failures:
+        print("", comparison_text(done, planned), sep="\n")
+    if failures and processes.is_main:  # tries every run that failed; torchrun would stop it if another process failed
         raise RunError(f"{len(failures)} of {len(runs)} runs failed; the first: {failures[0]}")
 
 
@@ -278,8 +281,7 @@ def check_output(opt, name):
     check_writable(os.path.dirname(purified_path), os.path.basename(purified_path))
     if os.path.realpath(purified_path) == os.path.realpath(opt.model):
         raise UserError(f"the purified weights would replace the victim {opt.model}; choose another --name")
-    if os.path.exists(os.path.join(results, "metrics.json")):
-        print(f"{results} holds an earlier run, which this one replaces; keep it with another --name")
+    announce_replacement(results, "metrics.json")
     return results, purified_path
 
 

@@ -184,6 +184,8 @@ class Attack:
             candidates = torch.arange(len(labels))
         total = len(candidates)
         count = int(self.inject_portion * total)
+        if total == 0:
+            raise UserError(f"no training image has the label {self.target_label}; choose another --target_label")
         if count == 0 and self.inject_portion > 0:
             raise UserError(f"--inject_portion {self.inject_portion} poisons none of {total} images; raise it")
         cover_count = int(self.training_options.get("noise_ratio", 0) * count)

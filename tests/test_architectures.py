@@ -159,6 +159,7 @@ def test_a_file_of_backdoorbench_is_read_with_what_it_states(tmp_path):
     assert all(torch.equal(checkpoint["state_dict"][name], tensor) for name, tensor in weights.items())
     assert (checkpoint["recognised"], checkpoint["num_class"]) == ("PreActResNet18", 10)
     assert checkpoint["normalization"] == ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))  # not those of kuangliu
+    assert (checkpoint["dataset"], checkpoint["image_size"]) == ("CIFAR10", 32)
     used = options_as_used(*parse("main.py", []), checkpoint)
     assert (used.arch, used.normalize, used.trigger_type) == ("PreActResNet18", checkpoint["normalization"], None)
     assert isinstance(safe_load(path)["bd_train"]["poison_indicator"], Skipped)
@@ -169,6 +170,9 @@ def test_a_file_of_backdoorbench_is_read_with_what_it_states(tmp_path):
     backdoorbench_file(path, "torchvision:resnet18", model_name="resnet18", clean_data="gtsrb")
     checkpoint = read_checkpoint(path)
     assert (checkpoint["recognised"], checkpoint["normalization"]) == ("torchvision:resnet18", RAW)
+    backdoorbench_file(path, "PreActResNet18", clean_data="tiny", img_size=(64, 64, 3))
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint["dataset"], checkpoint["image_size"]) == ("folder", 64)
     backdoorbench_file(path, "WRN-10-1", model_name="theirs")
     assert read_checkpoint(path).keys() == {"state_dict", "recognised"}
 

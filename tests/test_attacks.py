@@ -220,6 +220,9 @@ def test_an_attack_refuses_invalid_values():
 def test_a_data_set_that_the_attack_does_not_fit_is_refused(images):
     with pytest.raises(UserError, match="poisons none"):
         DatasetBD(images, torch.arange(8) % 5, make_attack(rate=0.1), "train", torch.Generator())
+    with pytest.raises(UserError, match="no training image has the label 2; choose another --target_label"):
+        attack = make_attack("signalTrigger", "cleanLabel", rate=0.1)
+        DatasetBD(images, torch.ones(8, dtype=torch.int64), attack, "train", torch.Generator())
     with pytest.raises(UserError, match="only 5 classes"):
         DatasetBD(images, torch.arange(8), make_attack(), "test")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import product
 
 import pytest
 
@@ -16,6 +17,17 @@ def make_row(victim, defense, after, seconds=10.0):
     metrics = {"before": BEFORE, "after": after, "seed": 1, "detected_label": 5, "purified": None}
     metrics["seconds"] = {"data": 100.0, "evaluate": 50.0, "purify": seconds, "detect": 2.5, "total": 999.0}
     return comparison_row(victim, defense, metrics)
+
+
+def pairs_of(rows):
+    """The runs of a comparison of which these are the rows: every defense on every victim."""
+    pairs = [(row["victim"], row["defense"]) for row in rows]
+    victims, defenses = (dict.fromkeys(names) for names in zip(*pairs, strict=True))
+    return pairs + [pair for pair in product(victims, defenses) if pair not in pairs]
+
+
+def tables_of(rows, mark=str):
+    return comparison_tables(rows, pairs_of(rows), mark)
 
 
 def make_metrics(acc, asr):
@@ -37,7 +49,7 @@ def test_seconds_are_those_of_the_defense_alone():
 
 
 def test_one_victim_has_one_table_with_a_row_for_each_defense():
-    ((title, header, cells),) = comparison_tables(ROWS, "<{}>".format)
+    ((title, header, cells),) = tables_of(ROWS, "<{}>".format)
     assert (title, header) == ("one", ["defense", "ACC", "ACC*", "ASR", "RA", "seconds"])
     assert cells == [
         ["none", "82.00", "83.00", "99.00", "1.00", ""],
@@ -46,17 +58,17 @@ def test_one_victim_has_one_table_with_a_row_for_each_defense():
         ["ft", "85.00", "85.00", "12.00", "85.00", "4.50"],  # the backdoor is still there
         ["nc (found nothing)", "82.00", "83.00", "99.00", "1.00", "3.50"],
     ]
-    text = comparison_text(ROWS)
+    text = comparison_text(ROWS, pairs_of(ROWS))
     assert ">2.00" in text
     assert text.splitlines()[-1].startswith("> best of its column, among the defenses after which the backdoor is gone")
 
 
 def test_without_a_removed_backdoor_nothing_is_marked():
     rows = [ROWS[2], ROWS[3], make_row("one", "fst", {**make_metrics(90.0, 1.0), "asr": None})]
-    ((_, _, cells),) = comparison_tables(rows, "<{}>".format)
+    ((_, _, cells),) = tables_of(rows, "<{}>".format)
     assert not any("<" in cell for line in cells for cell in line)
     assert cells[-1] == ["fst", "90.00", "90.00", "-", "90.00", "12.50"]
-    assert "> " not in comparison_text(rows)
+    assert "> " not in comparison_text(rows, pairs_of(rows))
 
 
 def test_seeds_have_one_row_with_mean_and_spread():
@@ -65,7 +77,7 @@ def test_seeds_have_one_row_with_mean_and_spread():
         make_row("one", name, make_metrics(acc, 2.0)) | {"seed": s} for name in runs for s, acc in enumerate(runs[name])
     ]
     rows += [make_row("one", "nc", after) for after in (make_metrics(90.0, 2.0), None)]
-    ((_, _, cells),) = comparison_tables(rows, "<{}>".format)
+    ((_, _, cells),) = tables_of(rows, "<{}>".format)
     assert cells[0][:2] == ["none", "82.00"]
     assert [line[:2] for line in cells[1:]] == [
         ["mcl", "<81.00 ± 1.41>"],
@@ -73,25 +85,37 @@ def test_seeds_have_one_row_with_mean_and_spread():
         ["ft", "70.50 ± 0.71"],
         ["nc (found nothing in 1 of 2)", "86.00 ± 5.66"],  # the backdoor is still there in one seed
     ]
-    assert "Mean ± standard deviation over the seeds 0, 1" in comparison_text(rows)
-    assert "seeds" not in comparison_text(ROWS)
+    assert "Mean ± standard deviation over the seeds 0, 1" in comparison_text(rows, pairs_of(rows))
+    assert "seeds" not in comparison_text(ROWS, pairs_of(ROWS))
 
 
 def test_several_victims_have_a_table_for_each_metric():
-    tables = comparison_tables([*ROWS, make_row("two", "mcl", make_metrics(70.0, 1.0))], "<{}>".format)
+    rows = [*ROWS, make_row("two", "mcl", make_metrics(70.0, 1.0))]
+    planned = [(victim, defense) for victim in ("one", "two", "three") for defense in ("mcl", "nad", "ft", "nc")]
+    tables = comparison_tables(rows, planned, "<{}>".format)
     assert [title for title, *_ in tables] == ["ACC", "ACC*", "ASR", "RA", "seconds"]
     assert tables[2][1] == ["victim", "none", "mcl", "nad", "ft", "nc"]
     assert tables[2][2] == [
         ["one", "99.00", "<2.00>", "3.00", "12.00", "99.00"],
-        ["two", "99.00", "<1.00>", "failed", "failed", "failed"],
+        ["two", "99.00", "<1.00>", "-", "-", "-"],
+        ["three", "-", "-", "-", "-", "-"],
     ]
-    assert tables[4][2][1] == ["two", "<12.50>", "failed", "failed", "failed"]
+    assert tables[4][2][1] == ["two", "<12.50>", "-", "-", "-"]
+    text = comparison_text(rows, planned)
+    assert all(f"{pair}: (no result)" in text for pair in ("two, ft", "three, mcl"))
+    assert "one, ft" not in text
 
 
 def test_models_that_are_only_measured_have_one_column_and_no_seconds():
-    tables = comparison_tables([make_row("one", "none", None), make_row("two", "none", None)], str)
+    rows = [make_row("one", "none", None), make_row("two", "none", None)]
+    tables = tables_of(rows)
     assert [title for title, *_ in tables] == ["ACC", "ACC*", "ASR", "RA"]
     assert tables[0][1:] == (["victim", "none"], [["one", "82.00"], ["two", "82.00"]])
+    assert "found nothing" not in comparison_text(rows, pairs_of(rows))  # nothing was searched for
+    tables = tables_of([{**row, "retuned_50": 98.0} for row in rows])
+    assert tables[-1] == ("ASR re-tuned, 50", ["victim", "none"], [["one", "98.00"], ["two", "98.00"]])
+    ((_, _, cells),) = tables_of([{**rows[0], "retuned_50": 98.0}, {**ROWS[0], "retuned_50": 3.0}])
+    assert [row[-2:] for row in cells] == [["", "98.00"], ["12.50", "3.00"]]
 
 
 UNKNOWN = {**BEFORE, "asr": None, "ra": None, "floor": None}
@@ -99,7 +123,7 @@ UNKNOWN = {**BEFORE, "asr": None, "ra": None, "floor": None}
 
 @pytest.mark.parametrize("rows", [ROWS, [*ROWS, make_row("t|wo", "mcl", None)], [*ROWS, make_row("x", "ft", UNKNOWN)]])
 def test_a_comparison_has_two_files(tmp_path, rows):
-    write_comparison(str(tmp_path), rows)
+    write_comparison(str(tmp_path), rows, pairs_of(rows))
     with open(tmp_path / "comparison.csv") as file:
         stored = list(csv.DictReader(file))
     assert [(row["victim"], row["defense"], row["asr"]) for row in stored] == [
@@ -113,7 +137,7 @@ def test_a_comparison_has_two_files(tmp_path, rows):
 
 
 def test_no_rows_write_no_files(tmp_path):
-    write_comparison(str(tmp_path / "x"), [])
+    write_comparison(str(tmp_path / "x"), [], [("one", "mcl")])
     assert not (tmp_path / "x").exists()
 
 
@@ -143,9 +167,9 @@ def test_asr_after_retuning_is_a_column_of_its_own():
         return {**row, "retuned_50": asr}
 
     rows = [retuned(ROWS[0], 3.0), retuned(ROWS[1], 99.0)]
-    ((_, header, cells),) = comparison_tables(rows, "<{}>".format)
+    ((_, header, cells),) = tables_of(rows, "<{}>".format)
     assert (header[-1], [row[-1] for row in cells]) == ("ASR re-tuned, 50", ["", "<3.00>", "99.00"])
-    tables = comparison_tables([*rows, {**rows[0], "victim": "two"}], str)
+    tables = tables_of([*rows, *({**row, "victim": "two"} for row in rows)])
     assert tables[-1][:2] == ("ASR re-tuned, 50", ["victim", "mcl", "nad"])
     metrics = {"before": BEFORE, "after": None, "seed": 1, "detected_label": 5, "purified": None, "seconds": {}}
     assert comparison_row("one", "mcl", {**metrics, "retuned": {"50": {"asr": 4.0}}})["retuned_50"] == 4.0
@@ -153,6 +177,6 @@ def test_asr_after_retuning_is_a_column_of_its_own():
 
 def test_a_defense_whose_inverted_trigger_still_works_is_never_best():
     rows = [make_row("one", "mcl", make_metrics(86.0, 1.5)) | {"purified": False}, ROWS[1]]
-    ((_, _, table),) = comparison_tables(rows, "**{}**".format)
+    ((_, _, table),) = tables_of(rows, "**{}**".format)
     assert not any("**" in cell for cell in table[1])
     assert any("**" in cell for cell in table[2])

@@ -124,11 +124,13 @@ def test_what_a_comparison_lacks_is_said():
 
     rows = [row("one", "mcl", 1), row("one", "nc", 1, purified=False), row("one", "nc", 2), row("one", "ft", 1)]
     rows += [row("one", "ft", 2)]
-    ((_, _, cells),) = comparison_tables(rows, "<{}>".format)
+    planned = [("one", name) for name in ("mcl", "nc", "ft", "nad") for _ in range(2)]
+    ((_, _, cells),) = comparison_tables(rows, planned, "<{}>".format)
     names = ["none", "mcl (no result in 1 of 2)", "nc (inverted trigger still works in 1 of 2)", "ft"]
+    names += ["nad (no result in 2 of 2)"]
     assert [line[0] for line in cells] == names
-    assert [line[1].startswith("<") for line in cells] == [False, False, False, True]
-    text = comparison_text([*rows, row("two", "ft", 1)])
+    assert [line[1].startswith("<") for line in cells] == [False, False, False, True, False]
+    text = comparison_text([*rows, row("two", "ft", 1)], [*planned, ("two", "ft"), ("two", "ft")])
     assert "one, mcl: (no result in 1 of 2)" in text
     assert "two, ft: (no result in 1 of 2)" in text
 

@@ -96,6 +96,13 @@ def sentence_of(metrics):
     return verdict(metrics).replace(" -> ", "\xa0→ ").replace(" %", "\xa0%")
 
 
+def test_a_trigger_that_still_works_is_never_shown_as_a_success(folder):
+    gone = {"asr": 1.0, "floor": 1.0}
+    for purified, state in ((True, "clean"), (False, "backdoored")):
+        page = write_and_parse(folder, METRICS | {"after": AFTER | gone, "purified": purified})
+        assert f"verdict {state}" in [attributes.get("class") for _, attributes in page.tags]
+
+
 def test_tags_are_closed_and_names_are_escaped(page):
     assert page.open == []
     assert {"script", "link", "iframe", "a", "form", "object", "base", "svg"}.isdisjoint(tag for tag, _ in page.tags)

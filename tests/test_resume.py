@@ -24,7 +24,7 @@ from utils import shapes
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError, run_script
 from utils.files import sha256_of, write_file, write_json
-from utils.resume import Resumable, finished_run
+from utils.resume import Resumable, finished_run, resume_command
 from utils.safe_load import safe_load
 from utils.seed import generator
 from utils.training import SCHEDULES, train
@@ -239,8 +239,16 @@ def test_a_finished_run_is_recognised_by_the_options_that_it_used(tmp_path):
     for change in ({"num_class": 12}, {"lr": 0.2}, {"normalize": ((0.5,) * 3, (0.3,) * 3)}, {"trig_w": 3}):
         assert finished_run(str(tmp_path), options | change, str(model)) is None
     assert Resumable(str(tmp_path), config, resume=True).finished()  # a file has lists for the tuples of --normalize
-    with pytest.raises(UserError, match="belongs to a run with --lr 0.1 "):
-        Resumable(str(tmp_path), config | {"lr": 0.2}, resume=True).finished()
+    with pytest.raises(UserError, match=r"belongs to a run with --lr 0.1 \(not 0.2\); use those"):
+        Resumable(str(tmp_path), config | {"lr": 0.2, "trigger_seed": 3}, resume=True).finished()
+
+
+def test_the_command_to_resume_starts_as_many_processes_on_a_machine_as_before(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--resume", "--name", "a b"])
+    assert resume_command() == "python main.py --name 'a b' --resume"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resume_command() == "torchrun --nproc_per_node=4 main.py --name 'a b' --resume"
 
 
 def test_a_loss_that_is_not_finite_in_epoch_1_leaves_no_weights_and_says_so(started, tmp_path):

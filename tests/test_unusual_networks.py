@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, FixedBatches
+from conftest import FixedBatches
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -163,26 +163,6 @@ def test_a_further_backdoor_that_cannot_be_inverted_leaves_the_first_student(mon
     assert "the further backdoor was not removed: no pattern" in capsys.readouterr().out
     with pytest.raises(RunError, match="no pattern"):
         remove_backdoors("mcl", context._replace(target=2), {"verify": True}, [], 3)
-
-
-def test_an_unexpected_error_of_one_run_does_not_end_a_comparison(monkeypatch, tmp_path, capsys):
-    model = str(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar")
-    words = ["--dataset", "shapes", "--defense", "ft", "nad", "--model", model, "--log_root", str(tmp_path)]
-    opt, explicit = config.parse("main.py", words)
-    done = []
-
-    def run(options, explicit, name):
-        done.append(options.defense)
-        if options.defense == "ft":
-            raise RuntimeError("derivative is not implemented")
-
-    monkeypatch.setattr(main, "run", run)
-    for name in ("comparison_row", "write_comparison", "comparison_text"):
-        monkeypatch.setattr(main, name, lambda *_: "")
-    with pytest.raises(RunError, match="1 of 2 runs failed; the first: .*RuntimeError: derivative is not implemented"):
-        main.compare(opt, explicit, main.torchrun_processes())
-    assert done == ["ft", "nad"]
-    assert "Traceback" in capsys.readouterr().err
 
 
 def test_nad_refuses_a_network_of_few_resolutions_before_any_training(monkeypatch):

@@ -187,7 +187,10 @@ def _stated_by_backdoorbench(metadata):
     if dataset not in BACKDOORBENCH or not (is_torchvision or name == "preactresnet18"):
         return {}
     arch = f"torchvision:{name}" if is_torchvision else "PreActResNet18"
-    return {"recognised": arch, "num_class": metadata.get("num_classes"), "normalization": BACKDOORBENCH[dataset]}
+    stated = {"recognised": arch, "num_class": metadata.get("num_classes"), "normalization": BACKDOORBENCH[dataset]}
+    size = metadata.get("img_size")  # (H, W, 3)
+    stated["image_size"] = size[0] if isinstance(size, list | tuple) and size else None
+    return stated | {"dataset": dataset.upper() if dataset in ("cifar10", "cifar100", "gtsrb") else "folder"}
 
 
 def _first_three(names):

@@ -78,6 +78,12 @@ def check_writable(folder: str, *files: str) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
+def announce_replacement(folder: str, file: str) -> None:
+    """Say so if `file` of an earlier run is in the results folder."""
+    if os.path.exists(os.path.join(folder, file)):
+        print(f"{folder} holds an earlier run, which this one replaces; keep it with another --name")
+
+
 def write_json(path: str, content: dict) -> None:
     """Write `content` as indented JSON; nan and infinity (a percentage of no images, for one) become null."""
     write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")

@@ -94,7 +94,8 @@ class Resumable:
 
     def _check(self, stored, path):
         stored, current = (json.loads(json.dumps(options)) for options in (_result_options(stored), self.options))
-        changed = [name for name in current | stored if stored.get(name) != current.get(name)]
+        names = [name for name in current | stored if name != "trigger_seed"]  # which is --seed's
+        changed = [name for name in names if stored.get(name) != current.get(name)]
         if changed:
             listed = ", ".join(f"--{name} {stored.get(name)} (not {current.get(name)})" for name in changed)
             raise UserError(f"{path} belongs to a run with {listed}; use those, or start anew without --resume")
@@ -123,7 +124,7 @@ def finished_run(folder: str, options: dict, model_path: str) -> dict | None:
 
 def resume_command() -> str:
     """The command line that resumes this run."""
-    count = os.environ.get("WORLD_SIZE", "1")
+    count = os.environ.get("LOCAL_WORLD_SIZE", "1")  # each machine has a torchrun of its own
     runner = ["python"] if count == "1" else ["torchrun", f"--nproc_per_node={count}"]
     return shlex.join([*runner, *(word for word in sys.argv if word != "--resume"), "--resume"])
 

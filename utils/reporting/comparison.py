@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from collections import Counter
 
 from utils.files import write_csv, write_text
 from utils.reporting.tables import METRICS, format_cell, is_backdoored, is_missing, markdown_table, text_table
@@ -34,21 +35,25 @@ def columns_of(rows: list[dict]) -> dict[str, tuple]:
     return {**COLUMNS, **{f"retuned_{count}": (f"ASR re-tuned, {count}", min) for count in counts}}
 
 
-def mean_rows(rows: list[dict]) -> list[dict]:
+def mean_rows(rows: list[dict], planned: list[tuple[str, str]]) -> list[dict]:
     """One row for each victim and defense: means over its seeds and, under "sd", standard deviations (one seed: 0).
 
-    A backdoor counts as removed only if every seed of the comparison removed it.
+    A backdoor counts as removed only if every planned run removed it.
+
+    Args:
+        rows: from `comparison_row`, those of the runs with a result.
+        planned: victim and defense of every run of the comparison.
     """
-    groups, means, seed_count = {}, [], len({row["seed"] for row in rows})
-    for row in rows:
-        groups.setdefault((row["victim"], row["defense"]), []).append(row)
-    for runs in groups.values():
-        mean = {**runs[0], "sd": {}, "runs": len(runs), "missing": seed_count - len(runs)}
-        mean["unchanged"] = sum(not row["changed"] for row in runs)
+    means = []
+    for (victim, defense), count in Counter(planned).items():
+        runs = [row for row in rows if (row["victim"], row["defense"]) == (victim, defense)]
+        mean = {"victim": victim, "defense": defense, "sd": {}, "runs": len(runs), "missing": count - len(runs)}
+        mean |= {name: value for row in runs[:1] for name, value in row.items() if name.startswith("before_")}
+        mean["unchanged"] = sum(not row["changed"] for row in runs if defense != "none")
         mean["working"] = sum(row["purified"] is False for row in runs)
         for key in {**METRICS, **columns_of(rows)}:
             values = [row[key] for row in runs]
-            complete = not any(map(is_missing, values))
+            complete = bool(runs) and not any(map(is_missing, values))
             mean[key] = statistics.fmean(values) if complete else None
             mean["sd"][key] = statistics.stdev(values) if complete and len(values) > 1 else 0.0
         mean["removed"] = not mean["missing"] and all(map(_removed_backdoor, runs))
@@ -56,18 +61,18 @@ def mean_rows(rows: list[dict]) -> list[dict]:
     return means
 
 
-def comparison_tables(rows: list[dict], mark) -> list[tuple[str, list[str], list[list[str]]]]:
+def comparison_tables(rows: list[dict], planned, mark) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and cells of each table: one of all metrics for a single victim, else one for each metric.
 
     Args:
-        rows: from `comparison_row`; the victims' own metrics become the row or column "none".
+        rows, planned: as in `mean_rows`; the victims' own metrics become the row or column "none".
         mark: text -> marked text, of the best cells of the defenses that removed the backdoor, and of those that differ
             from the best by no more than the larger standard deviation of the two.
     """
     columns, cells = columns_of(rows), {}  # cells: victim -> defense -> metric -> text
-    means = mean_rows(rows)
+    means = mean_rows(rows, planned)
     for victim, runs in _by_victim(means).items():
-        cells[victim] = {"none": {}}  # holds the first place
+        cells[victim] = {"none": dict.fromkeys(columns, "")}  # holds the first place
         for row in runs:
             cells[victim][row["defense"]] = {key: _mean_cell(row, key) for key in columns}
         successes = [row for row in runs if row["removed"]]
@@ -76,36 +81,38 @@ def comparison_tables(rows: list[dict], mark) -> list[tuple[str, list[str], list
             for row in successes:
                 if abs(round(row[key], 2) - round(best[key], 2)) <= max(row["sd"][key], best["sd"][key]):
                     cells[victim][row["defense"]][key] = mark(cells[victim][row["defense"]][key])
-        cells[victim]["none"] = {key: format_cell(runs[0].get(f"before_{key}", "")) for key in columns}
+        before = next((row for row in runs if row["runs"]), {})
+        cells[victim]["none"] |= {key: format_cell(before.get(f"before_{key}")) for key in columns if key in METRICS}
+        cells[victim]["none"]["seconds"] = ""
     if len(cells) == 1:
         names = {row["defense"]: " ".join([row["defense"], *_remarks(row)]) for row in means}
         table = [[names.get(name, name), *texts.values()] for name, texts in cells[victim].items()]
         table[0][0] = "none"
         return [(victim, ["defense", *(label for label, _ in columns.values())], table)]
-    tables, failed = [], dict.fromkeys(columns, "failed")
-    defenses = dict.fromkeys(row["defense"] for row in rows if row["defense"] != "none")
+    tables = []
     for key, (label, _) in columns.items():
-        names = ["none", *defenses] if f"before_{key}" in rows[0] else [*defenses]
-        table = [[victim, *(texts.get(name, failed)[key] for name in names)] for victim, texts in cells.items()]
+        names = [name for name in cells[victim] if any(texts[name][key] for texts in cells.values())]
+        table = [[victim, *(texts[name][key] for name in names)] for victim, texts in cells.items()]
         if names:
             tables.append((label, ["victim", *names], table))
     return tables
 
 
-def comparison_text(rows: list[dict]) -> str:
+def comparison_text(rows: list[dict], planned) -> str:
     """The tables for a terminal; the best cells are marked with >."""
-    tables = [f"{title}\n{text_table(header, cells)}" for title, header, cells in comparison_tables(rows, ">{}".format)]
-    return "\n\n".join(tables + _notes(rows, ">"))
+    tables = comparison_tables(rows, planned, ">{}".format)
+    parts = [f"{title}\n{text_table(header, cells)}" for title, header, cells in tables]
+    return "\n\n".join(parts + _notes(rows, planned, ">"))
 
 
-def write_comparison(folder: str, rows: list[dict]) -> None:
+def write_comparison(folder: str, rows: list[dict], planned) -> None:
     """Write comparison.csv (the rows) and .md (the tables), if there are rows; RunError if that fails."""
     if not rows:
         return
     write_csv(os.path.join(folder, "comparison.csv"), rows)
-    tables = comparison_tables(rows, "**{}**".format)
+    tables = comparison_tables(rows, planned, "**{}**".format)
     parts = [f"{title}\n\n{markdown_table(header, cells)}\n" for title, header, cells in tables]
-    parts += [f"{note}\n" for note in _notes(rows, "Bold:")]
+    parts += [f"{note}\n" for note in _notes(rows, planned, "Bold:")]
     write_text(os.path.join(folder, "comparison.md"), "\n".join(parts))
 
 
@@ -135,11 +142,10 @@ def _remarks(row):
     return remarks + remark(row["missing"], "no result")
 
 
-def _notes(rows, marked):
+def _notes(rows, planned, marked):
     """What the numbers and the marks mean."""
-    lines = "column" if len(_by_victim(rows)) == 1 else "row"
-    seeds = dict.fromkeys(str(row["seed"]) for row in rows)
-    means = mean_rows(rows)
+    seeds, means = dict.fromkeys(str(row["seed"]) for row in rows), mean_rows(rows, planned)
+    lines = "column" if len(_by_victim(means)) == 1 else "row"
     notes = [f"{marked} {NOTE.format(lines)}."] if any(row["removed"] for row in means) else []
     if lines == "row":
         notes += [f"{row['victim']}, {row['defense']}: {' '.join(_remarks(row))}" for row in means if _remarks(row)]

@@ -25,6 +25,7 @@ def write_page(path: str, title: str, metrics: dict, classes: list[str], picture
     final = models.get("after", models["before"])
     names = [f"{name} (target)" if label == metrics["target_label"] else name for label, name in enumerate(classes)]
     header, rows = tables.metrics_rows(names, **models)
+    is_backdoored = metrics.get("purified") is False or tables.is_backdoored(final)
     scores = metrics.get("search") or []
     defended = [i for i, score in enumerate(scores) if score["label"] == metrics["worked_against"]]
     loader = FileSystemLoader(os.path.dirname(__file__))
@@ -39,7 +40,7 @@ def write_page(path: str, title: str, metrics: dict, classes: list[str], picture
         models=models,
         final=final,
         verdict=tables.verdict(metrics),
-        state={True: "backdoored", False: "clean", None: "unknown"}[tables.is_backdoored(final)],
+        state={True: "backdoored", False: "clean", None: "unknown"}[is_backdoored],
         published=tables.published_rows(metrics["dataset"], **models, defense=metrics.get("defense", "mcl")),
         header=header,
         metrics_rows=rows[: len(tables.METRICS)],

@@ -1,0 +1,88 @@
+"""Runs of main.py that fail or are interrupted: what ends, what goes on, what is left."""
+
+import copy
+import os
+
+import pytest
+from conftest import ROOT
+
+import config
+import main
+from utils import shapes
+from utils.distributed import ONE_PROCESS, Processes
+from utils.errors import RunError, UserError
+
+MODEL = str(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar")
+
+
+@pytest.fixture
+def compare(monkeypatch, tmp_path):
+    """Compare ft and nad, whose runs raise what `errors` has for them; returns the runs in the order they began."""
+
+    def run_all(errors, processes=ONE_PROCESS, order=("ft", "nad")):
+        words = ["--dataset", "shapes", "--defense", "ft", "nad", "--model", MODEL, "--log_root", str(tmp_path)]
+        opt, explicit = config.parse("main.py", words)
+        begun = []
+
+        def run(options, explicit, name):
+            begun.append(options.defense)
+            if options.defense in errors:
+                raise errors[options.defense]
+
+        monkeypatch.setattr(main, "run", run)
+        monkeypatch.setattr(
+            main, "deal_out", lambda _, runs, count: sorted(runs, key=lambda run: order.index(runs[run][1].defense))
+        )
+        for name in ("comparison_row", "write_comparison", "comparison_text"):
+            monkeypatch.setattr(main, name, lambda *_: "")
+        main.compare(opt, explicit, processes)
+        return begun
+
+    return run_all
+
+
+def test_an_unexpected_error_of_one_run_does_not_end_a_comparison(compare, capsys):
+    errors = {"ft": RuntimeError("derivative is not implemented")}
+    with pytest.raises(RunError, match="1 of 2 runs failed; the first: .*RuntimeError: derivative is not implemented"):
+        compare(errors)
+    assert "Traceback" in capsys.readouterr().err
+    assert compare({}) == ["ft", "nad"]
+
+
+def test_bad_input_of_the_first_run_ends_a_comparison(compare):
+    with pytest.raises(UserError, match="another size"):
+        compare({"ft": UserError("another size")})
+
+
+@pytest.mark.parametrize("error", [UserError("another size"), RunError("no pattern")])
+def test_a_failure_of_one_process_of_torchrun_does_not_stop_the_others(compare, error):
+    assert compare({"nad": error}, Processes(1, 2), order=("nad", "ft")) == ["nad", "ft"]
+    with pytest.raises(RunError, match="1 of 2 runs failed"):  # the main process says so
+        compare({"nad": error}, Processes(0, 2), order=("nad", "ft"))
+
+
+def test_a_second_comparison_says_that_it_replaces_the_tables_of_the_first(compare, tmp_path, capsys):
+    compare({})
+    assert "holds an earlier run" not in capsys.readouterr().out
+    os.makedirs(tmp_path / "shapes-comparison")
+    (tmp_path / "shapes-comparison" / "comparison.csv").touch()
+    compare({})
+    assert f"{tmp_path}/shapes-comparison holds an earlier run, which this one replaces" in capsys.readouterr().out
+
+
+def test_a_run_that_is_interrupted_before_its_report_leaves_no_weights(monkeypatch, tmp_path):
+    for split in shapes.COUNTS:
+        monkeypatch.setitem(shapes.COUNTS, split, 100)
+    words = ["--dataset", "shapes", "--clean", "20", "--target", "5", "--retune", "5", "--print_freq", "0"]
+    words += ["--checkpoint_root", str(tmp_path / "weight"), "--log_root", str(tmp_path / "results")]
+    opt, explicit = config.parse("main.py", words)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "defend", lambda opt, victim, *_: (copy.deepcopy(victim), [], {}))
+    monkeypatch.setattr(main, "get_retuning_batches", lambda *_: {5: []})
+    monkeypatch.setattr(main, "measure_retuned", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main.run(config.single_run_options(opt, model=MODEL), explicit, "x")
+    assert not list(tmp_path.rglob("*.tar"))
