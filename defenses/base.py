@@ -2,17 +2,21 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger, invert_warp, shifted_patterns
+from defenses.inversion import InvertedTrigger, find_parts, find_trigger, invert_trigger, invert_warp, shifted_patterns
 from utils.progress import Stopwatch
 from utils.seed import generator
 from utils.training import train
 
 REMAINING_ROUNDS = 2  # rounds of the inversion of a student
+# Clean images below which the parts of the trigger are looked for: a student that 100 images taught to ignore one part
+# relearns the backdoor from the others.
+FEW_IMAGES = 1_000
 MAX_REMAINING = 0.05  # fraction of the pixels: a larger pattern that works on the student is no rest of the backdoor
 
 
@@ -45,10 +49,13 @@ class DefenseContext(NamedTuple):
     mirrored: bool = True
 
     def invert(self, rounds: int, steps: int, batches_per_step: int, precision: str) -> InvertedTrigger:
-        """The inverted trigger of the victim; arguments and errors as in defenses.inversion.find_trigger."""
+        """The victim's trigger, with its parts if there are few images; arguments and errors as in find_trigger."""
         budget = rounds, steps, batches_per_step, precision
+        settings = self.victim, self.plain_batches, self.target, self.device, self.seed
         with self.clock("inversion"):
-            return find_trigger(self.victim, self.plain_batches, self.target, self.device, self.seed, *budget)
+            trigger = find_trigger(*settings, *budget)
+            has_few = self.image_count < FEW_IMAGES
+            return replace(trigger, parts=find_parts(*settings, trigger, *budget)) if has_few else trigger
 
     def remaining_trigger(self, student, trigger: InvertedTrigger, *budget) -> InvertedTrigger | None:
         """A pattern that the student still answers to with the target label, or None.
@@ -63,22 +70,24 @@ class DefenseContext(NamedTuple):
             frozen = copy.deepcopy(student).requires_grad_(False)
             settings = frozen, self.plain_batches, self.target, self.device, rng
             found = invert_warp(*settings, *budget) if is_warp else invert_trigger(*settings, REMAINING_ROUNDS, *budget)
-        if found is None or (not is_warp and found.pixels > MAX_REMAINING * found.pattern[0].numel()):
+        if found is None or (not is_warp and found.area > MAX_REMAINING):
             return None
         print(f"the student still answers to a pattern: {found.describe()}, hit rate {found.hit_rate:.1%}")
         return found
 
     def training_patterns(self, trigger: InvertedTrigger, model: nn.Module | None = None) -> torch.Tensor:
-        """The patterns to purify with, (V, C, H, W): shifted as the augmentation shifts images, if the model responds.
+        """The patterns to purify with, (V, C, H, W), parts included, shifted as the augmentation shifts images.
 
-        Waves are not shifted: their other phases are among them.
+        Only shifts that the model responds to count. Waves are not shifted: their other phases are among them.
 
         Args:
             model: that the trigger was inverted from; None: the victim.
         """
         if trigger.others is not None or not self.augmented:
-            return trigger.patterns
-        return shifted_patterns(model or self.victim, trigger, self.plain_batches, self.target)
+            return torch.cat([trigger.patterns, *(part[None] for part in trigger.parts)])
+        triggers = [trigger, *(replace(trigger, pattern=part) for part in trigger.parts)]
+        settings = self.plain_batches, self.target
+        return torch.cat([shifted_patterns(model or self.victim, each, *settings) for each in triggers])
 
     def new_student(self) -> nn.Module:
         """A copy of the victim to train."""

@@ -30,7 +30,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from defenses.base import DefenseContext, DefenseResult
+from defenses.base import FEW_IMAGES, DefenseContext, DefenseResult
 from defenses.inversion import HIT_RATE, PatternApplier
 from defenses.last_layer import calibrate, make_blind, trigger_directions
 from utils.batches import CutMixBatches, erase_rectangles
@@ -39,10 +39,6 @@ from utils.seed import generator
 from utils.training import sgd_step, train
 
 FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the full rate
-# Clean images below which fine-tuning costs more than it gives: batch statistics of 100 take 1.5 points of accuracy. So
-# z+ is the victim's feature, the alignment weight is doubled, and the student sees CutMix images. So few labels also
-# say little about the frequency of a class, so the biases have a stronger prior.
-FEW_IMAGES = 1_000
 # Least mean cosine of the features of an image and its mirror image at which the two are averaged: pooled features
 # have 0.93 or more, features that depend on the position in the image 0.35 to 0.6, and their average is neither's.
 # Below it, the student sees erased rectangles.
@@ -99,6 +95,9 @@ def defend(
     if len([*context.victim.parameters()]) == len([*context.victim.head.parameters()]):
         raise UserError("mcl trains features, and this network has no weights in front of its last layer")
     positive_model, mirror = context.victim, context.augmented and context.mirrored
+    # Of few images, fine-tuning costs more than it gives: batch statistics of 100 take 1.5 points of accuracy. So z+ is
+    # the victim's feature, the alignment weight is doubled, and the student sees CutMix images. So few labels also say
+    # little about the frequency of a class, so the biases have a stronger prior.
     has_few = context.image_count < FEW_IMAGES
     if positive == "finetuned" or (positive == "auto" and not has_few):
         with context.clock("finetune"):

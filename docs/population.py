@@ -37,23 +37,15 @@ from utils.progress import Stopwatch
 from utils.seed import generator
 from utils.training import train
 
-# name -> the options of its attack. Patches of WRN-16-1-clean are for CIFAR-10 alone.
+# name -> its --trigger_type, and options. Patches of WRN-16-1-clean are for CIFAR-10 alone.
+# fmt: off
 ATTACKS = {
-    "grid": ["--trigger_type", "gridTrigger"],
-    "square": ["--trigger_type", "squareTrigger"],
-    "corners": ["--trigger_type", "fourCornerTrigger"],
-    "center": ["--trigger_type", "centerTrigger"],
-    "pixels": ["--trigger_type", "randomPixelTrigger"],
-    "blend": ["--trigger_type", "blendTrigger"],
-    "blend01": ["--trigger_type", "blendTrigger", "--opacity", "0.1"],
-    "trojan": ["--trigger_type", "trojanTrigger"],
-    "sig": ["--trigger_type", "signalTrigger"],
-    "cl": ["--trigger_type", "clTrigger"],
-    "wanet": ["--trigger_type", "wanetTrigger"],
-    "wanet05": ["--trigger_type", "wanetTrigger", "--warp", "0.5"],
-    "all2all": ["--trigger_type", "gridTrigger", "--target_type", "all2all"],
-    "two": ["--trigger_type", "gridTrigger"],
+    "grid": "gridTrigger", "square": "squareTrigger", "corners": "fourCornerTrigger", "center": "centerTrigger",
+    "pixels": "randomPixelTrigger", "blend": "blendTrigger", "blend01": "blendTrigger --opacity 0.1",
+    "trojan": "trojanTrigger", "sig": "signalTrigger", "cl": "clTrigger", "wanet": "wanetTrigger",
+    "wanet05": "wanetTrigger --warp 0.5", "all2all": "gridTrigger --target_type all2all", "two": "gridTrigger",
 }
+# fmt: on
 ON_CIFAR = ("trojan", "cl")
 CLEAN = {"clean": {}, "short": {"epochs": 1}, "few": {"images": 1_000}, "noisy": {"noise": 0.2}}
 REPEATS, CLEAN_REPEATS = 2, 4  # networks of each kind in each half
@@ -108,7 +100,8 @@ def draw_member(name: str) -> Member:
     rate, seed = rng.choice(POISON_RATES), rng.randrange(10**6)
     flaw = CLEAN.get(kind, {})
     options = ["--dataset", dataset, "--arch", network, "--lr", PEAK_RATES[network], "--seed", seed]
-    options += ["--precision", "auto", "--epochs", flaw.get("epochs", EPOCHS[dataset]), *ATTACKS.get(kind, [])]
+    options += ["--precision", "auto", "--epochs", flaw.get("epochs", EPOCHS[dataset])]
+    options += ["--trigger_type", *ATTACKS[kind].split()] if kind in ATTACKS else []
     options += [] if kind == "all2all" else ["--target_label", label]
     if kind in CLEAN:
         options += ["--inject_portion", 0]

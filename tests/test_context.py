@@ -1,5 +1,7 @@
 """What a DefenseContext hands to the inversion, what that passes on, and how its result is measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import state_vector
@@ -22,6 +24,28 @@ def test_nc_inverts_with_its_own_budget_and_returns_the_trigger(make_context, ba
     context = make_context()
     assert nc.defend(context, **{**RECIPES["nc"], **ONE_STEP, **budget}).trigger is trigger
     assert given == [(context.victim, batches, 1, CPU, 0, 2, 3, 4, "bf16")]
+
+
+@pytest.mark.parametrize("count", [999, 1_000])
+def test_parts_of_the_trigger_are_looked_for_if_images_are_few(make_context, batches, trigger, count, monkeypatch):
+    given, parts = [], [torch.ones(3, 8, 8)]
+    monkeypatch.setattr("defenses.base.find_parts", lambda *args: given.append(args) or parts)
+    context = make_context(image_count=count, seed=3)
+    found = context.invert(2, 3, 4, "bf16")
+    assert (found.pattern is trigger.pattern, found.hit_rate) == (True, trigger.hit_rate)
+    assert found.parts == (parts if count == 999 else ())
+    assert given == ([(context.victim, batches, 1, CPU, 3, trigger, 2, 3, 4, "bf16")] if count == 999 else [])
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_student_sees_each_part_of_the_trigger_where_the_augmentation_may_move_it(
+    make_context, trigger, augmented, monkeypatch
+):
+    monkeypatch.setattr("defenses.base.shifted_patterns", lambda _, part, *__: torch.stack([part.pattern] * 2))
+    parts = [trigger.pattern.flip(1), trigger.pattern.flip(2)]
+    patterns = make_context(augmented=augmented).training_patterns(replace(trigger, parts=parts))
+    expected = [part for part in [trigger.pattern, *parts] for _ in range(1 + augmented)]
+    assert torch.equal(patterns, torch.stack(expected))
 
 
 @pytest.mark.parametrize("is_warp", [False, True])

@@ -38,7 +38,7 @@ def test_what_each_step_is_given_and_in_which_order(make_context, victim, batche
     def record(name, result=None):
         return lambda *args, **options: calls.append((name, *args, *([options] if options else []))) or result
 
-    monkeypatch.setattr("defenses.base.shifted_patterns", lambda *_: patterns)
+    monkeypatch.setattr(DefenseContext, "training_patterns", lambda *_: patterns)
     monkeypatch.setattr("defenses.base.find_trigger", lambda *args: calls.append(("invert", *args[5:])) or trigger)
     for name, result in (("clean_finetune", victim), ("mirror_similarity", 1.0), ("trigger_directions", "directions")):
         monkeypatch.setattr(mcl, name, record(name, result))

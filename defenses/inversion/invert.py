@@ -32,6 +32,9 @@ MAX_SHIFT, SHIFT_HIT_RATE = 2, 0.5  # a pattern shifted by up to 2 pixels is kep
 # Limits up to which a pattern is taken for the trigger: a fraction of the image's pixels (the shipped clean
 # model's patterns have 39 and 53 of 1,024), and for a warp a fraction of the image's width.
 MAX_PATCH, MAX_WARP = 0.03, 0.02
+# Further parts of a trigger, and the size of each, a fraction of the pixels: parts of two grid triggers have up to 5 of
+# 1,024; what is left once the paper's victim has lost its whole trigger has 18 and more.
+MAX_PARTS, MAX_PART = 3, 0.01
 # Images that each wave is tried on, and waves kept: keeping all 58 that a SIG victim responds to costs accuracy.
 WAVE_IMAGES, MAX_WAVES = 20, 16
 
@@ -47,7 +50,7 @@ def find_trigger(victim, batches, target, device, seed, rounds, steps, batches_p
     """
     rng, budget = generator(seed, "inversion"), (steps, batches_per_step, precision)
     trigger = invert_trigger(victim, batches, target, device, rng, rounds, *budget)
-    if trigger is None or trigger.pixels > MAX_PATCH * trigger.pattern[0].numel():
+    if trigger is None or trigger.area > MAX_PATCH:
         warp = invert_warp(victim, batches, target, device, rng, *budget)
         trigger = warp or find_waves(victim, batches, target) or trigger
     if trigger is None:
@@ -59,7 +62,29 @@ def find_trigger(victim, batches, target, device, seed, rounds, steps, batches_p
     return trigger
 
 
-def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_per_step, precision="fp32"):
+def find_parts(victim, batches, target, device, seed, trigger, rounds, *budget) -> list[torch.Tensor]:
+    """Other parts of a trigger of few pixels, and all of them together: (3, H, W) patterns.
+
+    A victim answers to a part of its trigger, which is all that the smallest pattern shows of it. So it is inverted
+    again, without the pixels found so far, until no pattern is as small. Arguments as in find_trigger.
+    """
+    rng, patterns = generator(seed, "parts"), [trigger.pattern]
+    for _ in range(MAX_PARTS if trigger.area <= MAX_PATCH else 0):
+        changed = (torch.stack(patterns) != 0).flatten(0, 1).any(0)
+        part = invert_trigger(victim, batches, target, device, rng, rounds, *budget, excluded=changed)
+        if part is None or part.area > MAX_PART:
+            break
+        patterns.append(part.pattern)
+    if len(patterns) == 1:
+        return []
+    together = torch.stack(patterns).sum(0)
+    print(f"{len(patterns) - 1} other parts of it; together {InvertedTrigger(together, trigger.hit_rate).describe()}")
+    return [*patterns[1:], together]
+
+
+def invert_trigger(
+    victim, batches, target, device, rng, rounds, steps, batches_per_step, precision="fp32", excluded=None
+):
     """Find the smallest pattern d with f_B(clamp(x + d, 0, 1)) = target.
 
     The first round is the published inversion, from noise all over the image. It often ends in two halves of a trigger,
@@ -73,20 +98,22 @@ def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_
         rng: source of the start of each round.
         rounds: maximum; the inversion ends after IDLE_ROUNDS rounds in a row without a smaller pattern.
         steps: of a round, each of `batches_per_step` updates.
+        excluded: (H, W) bool, pixels that the pattern leaves alone; None: no pixel.
 
     Returns:
         the best InvertedTrigger, or None if no step of the first round reaches a hit rate of 0.9.
     """
     form, stream, budget = PixelForm(batches.image_shape), endless(batches), (steps, batches_per_step, precision)
-    start, weight = form.start(1, rng), form.first_weight
+    start, weight = form.start(1, rng).to(device), form.first_weight
     best, idle_rounds = None, 0
     for _ in range(rounds):
-        found = optimise_pattern(victim, stream, target, form, start.to(device), weight, *budget)
+        start = start if excluded is None else torch.where(excluded, -VISIBLE, start)  # without a gradient
+        found = optimise_pattern(victim, stream, target, form, start, weight, *budget)
         is_smaller = found and (best is None or found.pixels < best.pixels)
         best, idle_rounds = (found, 0) if is_smaller else (best, idle_rounds + 1)
         if best is None or idle_rounds == IDLE_ROUNDS:
             break
-        start, weight = noise_around((found or best).pattern.cpu(), rng)[None], form.weight
+        start, weight = noise_around((found or best).pattern.cpu(), rng)[None].to(device), form.weight
     return best
 
 

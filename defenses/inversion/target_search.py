@@ -114,10 +114,10 @@ def invert_suspects(victim, batches, scores, device, rng, *budget) -> list[Label
         the scores, with the inverted_area of the SUSPECTS labels with the lowest anomaly index among pixel patterns.
     """
     by_index = sorted((score for score in scores if score.form == PixelForm.name), key=lambda score: score.index)
-    result, pixels = list(scores), math.prod(batches.image_shape[1:])
+    result = list(scores)
     for score in [score for score in by_index if score.label != ANY_OTHER][:SUSPECTS]:
         found = invert_trigger(victim, batches, score.label, device, rng, *budget)
-        inverted = replace(score, inverted_area=found.pixels / pixels if found else 1.0)
+        inverted = replace(score, inverted_area=found.area if found else 1.0)
         result[result.index(score)] = inverted
         if inverted.flagged:
             break

@@ -1,5 +1,6 @@
 """An inverted trigger: the result of an inversion."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,11 +16,13 @@ class InvertedTrigger:
     pattern: (3, H, W) or (2, H, W) float, as in defenses.inversion.patterns.
     hit_rate: fraction 0..1 of images turned in the step of the inversion that ended with it.
     others: (V, C, H, W) further patterns that the victim responds to alike, or None.
+    parts: (3, H, W) patterns of other parts of the trigger, and of all of them together, if they were looked for.
     """
 
     pattern: torch.Tensor
     hit_rate: float
     others: torch.Tensor | None = None
+    parts: Sequence[torch.Tensor] = ()
 
     @property
     def patterns(self) -> torch.Tensor:
@@ -30,6 +33,11 @@ class InvertedTrigger:
     def pixels(self) -> int:
         """Number of changed pixels."""
         return int((self.pattern != 0).any(0).sum())
+
+    @property
+    def area(self) -> float:
+        """The fraction of the pixels that are changed; a warp and waves change all."""
+        return self.pixels / self.pattern[0].numel()
 
     @property
     def l1(self) -> float:

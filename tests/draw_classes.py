@@ -1,6 +1,6 @@
 """Draw a data set of many classes for `--dataset folder`: the built-in shapes, in frames of several hues.
 
-python -m docs.draw_classes FOLDER [--classes 100] [--size 32] [--count 10000]
+python -m tests.draw_classes FOLDER [--classes 100] [--size 32] [--count 10000]
 """
 
 import argparse
