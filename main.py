@@ -130,11 +130,10 @@ def compare(opt, explicit, processes):
     for run_name in deal_out(os.path.join(opt.log_root, name), runs, processes.count):
         victim, run_options = runs[run_name]
         title = ", ".join([victim, run_options.defense, *([f"seed {run_options.seed}"] if opt.seeds else [])])
-        folder = os.path.join(opt.log_root, run_name)
         try:
             used = vars(options_as_used(run_options, explicit, checkpoints[run_options.model]))
-            may_be_finished = opt.resume or processes.count > 1
-            metrics = finished_run(folder, used, run_options.model) if may_be_finished else None
+            earlier = os.path.join(opt.log_root, run_name), used, run_options.model
+            metrics = finished_run(*earlier) if opt.resume or processes.count > 1 else None
             print(f"\n{title}{' (finished before)' if metrics else ''}")
             metrics = metrics or run(run_options, explicit, run_name)
             rows[run_name] = comparison_row(victim, run_options.defense, metrics)

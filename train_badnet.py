@@ -26,7 +26,7 @@ from utils.checkpoint import find_weights, load_weights, save_checkpoint
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.distributed import join_processes
 from utils.errors import RunError, run_script
-from utils.files import check_writable
+from utils.files import announce_replacement, check_writable
 from utils.metrics import evaluate, make_monitor
 from utils.progress import Stopwatch
 from utils.reporting.plots import SAMPLE_SIZE
@@ -150,8 +150,8 @@ def check_output(opt, is_main_process):
         check_writable(results, "history.csv", "metrics.json", "report.html")
         if os.path.exists(weights) and not opt.resume:
             print(f"{weights} is replaced when this training ends; keep it with another --name")
-        elif os.path.exists(os.path.join(results, "metrics.json")) and not opt.resume:
-            print(f"{results} holds another run, which this one replaces; keep it with another --name")
+        elif not opt.resume:
+            announce_replacement(results, "metrics.json")
     return weights, results
 
 

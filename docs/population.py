@@ -10,7 +10,6 @@ The rows "first-..." of the table are of an earlier population, with other draws
 """
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -30,7 +29,7 @@ from train_badnet import load_surrogate, new_network
 from utils.checkpoint import save_checkpoint
 from utils.device import pick_precision
 from utils.errors import UserError, run_script
-from utils.files import write_csv, write_json
+from utils.files import read_csv, write_csv, write_json
 from utils.grid import deal_out
 from utils.metrics import evaluate
 from utils.progress import Stopwatch
@@ -196,12 +195,11 @@ def print_summary(rows):
             else:
                 planted.append(row)
                 right += float(rates.get(str(row["found"]), 0)) >= WORKING
-        alarms = sum(row["found"] != "" for row in clean)
         pairs = [(float(a["size"] or 100), float(b["size"] or 100)) for a in planted for b in clean]
         area = sum((a < b) + (a == b) / 2 for a, b in pairs) / max(len(pairs), 1)
         print(f"{half}: label found in {right} of {len(planted)} victims with an ASR of {WORKING} % or more")
-        print(f"({half_learned} have less), {alarms} of {len(clean)} clean networks flagged,")
-        print(f"ROC area of the smallest size {area:.3f};")
+        alarms = f"{sum(row['found'] != '' for row in clean)} of {len(clean)} clean networks flagged"
+        print(f"({half_learned} have less), {alarms}; ROC area of the smallest size {area:.3f};")
         print(f"of {purified} purified victims, {removed} with an ASR of at most 3 % or 1 above the floor")
 
 
@@ -211,10 +209,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="only write the table")
     opt = parser.parse_args()
     device, members = torch.device("cpu"), {member.name: member for member in population()}
-    rows = {}
-    if os.path.exists(TABLE):
-        with open(TABLE) as file:
-            rows = {row["name"]: row for row in csv.DictReader(file)}
+    rows = {row["name"]: row for row in read_csv(TABLE)}
     paths = {name: os.path.join(opt.folder, f"{name}.json") for name in members if name not in rows}
     for name in [] if opt.table else deal_out(opt.folder, paths, process_count=2):
         if not os.path.exists(paths[name]):

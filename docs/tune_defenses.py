@@ -10,8 +10,6 @@ seen mirrored images in training; every victim of train_badnet.py on CIFAR-10 ha
 measured again, so that each victim, seed and clean split needs its own table.
 """
 
-import csv
-import os
 import sys
 from functools import partial
 from itertools import chain, product
@@ -25,7 +23,7 @@ from main import load_victim
 from utils.cli import listed
 from utils.device import pick_device
 from utils.errors import RunError, UserError, run_script
-from utils.files import write_csv
+from utils.files import read_csv, write_csv
 from utils.metrics import evaluate
 from utils.progress import Stopwatch
 from utils.reporting.tables import is_backdoored, text_table
@@ -117,11 +115,8 @@ def held_out_images(data, split, attack, device):
 
 
 def read_rows(table: str) -> list[dict]:
-    """The rows of an earlier call."""
-    if not os.path.exists(table):
-        return []
-    with open(table) as file:
-        return [{**row, **{part: float(row[part]) for part in MEASURED}} for row in csv.DictReader(file)]
+    """The rows of an earlier call, with percentages as numbers."""
+    return [{**row, **{part: float(row[part]) for part in MEASURED}} for row in read_csv(table)]
 
 
 def write_rows(table: str, rows: list[dict]):

@@ -71,7 +71,7 @@ def test_a_pattern_of_many_pixels_is_no_part_and_has_none(batches, monkeypatch):
     assert len(inversions) == 1  # not tried
 
 
-def test_excluded_pixels_stay_out_of_every_round(batches, monkeypatch):
+def test_pixels_that_are_not_free_stay_out_of_every_round(batches, monkeypatch):
     starts, excluded = [], torch.zeros(6, 6, dtype=torch.bool)
     excluded[0, :2] = True
 
@@ -80,6 +80,6 @@ def test_excluded_pixels_stay_out_of_every_round(batches, monkeypatch):
         return InvertedTrigger(torch.full((3, 6, 6), 0.5), 1.0)
 
     monkeypatch.setattr(invert_module, "optimise_pattern", optimise_pattern)
-    invert_trigger(None, batches, 1, CPU, generator(1, "inversion"), 2, 1, 1, excluded=excluded)
+    invert_trigger(None, batches, 1, CPU, generator(1, "inversion"), 2, 1, 1, free=~excluded)
     assert [(start[..., excluded] < 0).all() for start in starts] == [True, True]
     assert [(start[..., ~excluded] >= 0).all() for start in starts] == [True, True]

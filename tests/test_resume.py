@@ -275,7 +275,7 @@ def test_a_second_training_announces_what_it_replaces(tmp_path, capsys):
     os.makedirs(results)
     write_json(os.path.join(results, "metrics.json"), {})  # of main.py, with the same name
     train_badnet.check_output(opt, is_main_process=True)
-    assert f"{results} holds another run, which this one replaces" in capsys.readouterr().out
+    assert f"{results} holds an earlier run, which this one replaces" in capsys.readouterr().out
     os.makedirs(os.path.dirname(weights))
     with open(weights, "w"):
         pass

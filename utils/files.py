@@ -104,6 +104,14 @@ def write_csv(path: str, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
+def read_csv(path: str) -> list[dict]:
+    """The rows that write_csv wrote, as texts; [] without a file."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 def _nearest_existing(path):
     try:
         os.lstat(path)  # a broken link exists: it stands where the folder would be created

@@ -70,8 +70,8 @@ def find_parts(victim, batches, target, device, seed, trigger, rounds, *budget) 
     """
     rng, patterns = generator(seed, "parts"), [trigger.pattern]
     for _ in range(MAX_PARTS if trigger.area <= MAX_PATCH else 0):
-        changed = (torch.stack(patterns) != 0).flatten(0, 1).any(0)
-        part = invert_trigger(victim, batches, target, device, rng, rounds, *budget, excluded=changed)
+        unchanged = (torch.stack(patterns) == 0).flatten(0, 1).all(0)
+        part = invert_trigger(victim, batches, target, device, rng, rounds, *budget, free=unchanged)
         if part is None or part.area > MAX_PART:
             break
         patterns.append(part.pattern)
@@ -82,9 +82,7 @@ def find_parts(victim, batches, target, device, seed, trigger, rounds, *budget) 
     return [*patterns[1:], together]
 
 
-def invert_trigger(
-    victim, batches, target, device, rng, rounds, steps, batches_per_step, precision="fp32", excluded=None
-):
+def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_per_step, precision="fp32", free=None):
     """Find the smallest pattern d with f_B(clamp(x + d, 0, 1)) = target.
 
     The first round is the published inversion, from noise all over the image. It often ends in two halves of a trigger,
@@ -98,7 +96,7 @@ def invert_trigger(
         rng: source of the start of each round.
         rounds: maximum; the inversion ends after IDLE_ROUNDS rounds in a row without a smaller pattern.
         steps: of a round, each of `batches_per_step` updates.
-        excluded: (H, W) bool, pixels that the pattern leaves alone; None: no pixel.
+        free: (H, W) bool, the pixels that the pattern may change; None: all.
 
     Returns:
         the best InvertedTrigger, or None if no step of the first round reaches a hit rate of 0.9.
@@ -107,7 +105,7 @@ def invert_trigger(
     start, weight = form.start(1, rng).to(device), form.first_weight
     best, idle_rounds = None, 0
     for _ in range(rounds):
-        start = start if excluded is None else torch.where(excluded, -VISIBLE, start)  # without a gradient
+        start = start if free is None else torch.where(free, start, -VISIBLE)  # the others have no gradient
         found = optimise_pattern(victim, stream, target, form, start, weight, *budget)
         is_smaller = found and (best is None or found.pixels < best.pixels)
         best, idle_rounds = (found, 0) if is_smaller else (best, idle_rounds + 1)
