@@ -169,8 +169,8 @@ def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], targ
         axes.set(xlabel="accuracy, percent", xlim=(left, right), ylim=(len(labels) - 0.4, -0.6))
         if len(labels) < len(classes):
             rest = "that changed most" if len(metrics) > 1 else "of lowest accuracy"
-            shown = "the target and those" if target in labels else "those"
-            axes.set(title=f"{len(labels)} of {len(classes)} classes: {shown} {rest}")
+            those = "the target and those" if target in labels else "those"
+            axes.set(title=f"{len(labels)} of {len(classes)} classes: {those} {rest}")
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=len(metrics) * 2)
     ranges = []
