@@ -78,7 +78,7 @@ def find_parts(victim, batches, target, device, seed, trigger, rounds, *budget) 
     if len(patterns) == 1:
         return []
     together = torch.stack(patterns).sum(0)
-    print(f"{len(patterns) - 1} other parts of it; together {InvertedTrigger(together, trigger.hit_rate).describe()}")
+    print(f"{len(patterns) - 1} further parts; all together {InvertedTrigger(together, trigger.hit_rate).describe()}")
     return [*patterns[1:], together]
 
 
