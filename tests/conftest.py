@@ -124,7 +124,7 @@ def script():
     def run(*words, cwd=ROOT):
         words = words if words[0] == "-m" else (ROOT / words[0], *words[1:])
         command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1_200, check=False)
 
     return run
 
