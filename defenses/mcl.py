@@ -10,7 +10,7 @@ Additions to the paper; those with an option in brackets can be turned off:
   contrast alone pushes x' beyond it (align_weight);
 - the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
   shifted and mirrored (augment);
-- few clean images are mixed, each with a rectangle of another one: CutMix (augment);
+- few clean images are mixed (CutMix, augment), and x' may carry other parts of the trigger than the inverted one;
 - where features depend on the position in the image, the student sees images with an erased rectangle, since a
   trigger hides a part of the image as well (augment);
 - images of the target class are left out of the contrast (contrast);

@@ -66,7 +66,7 @@ def find_parts(victim, batches, target, device, seed, trigger, rounds, *budget) 
     """Other parts of a trigger of few pixels, and all of them together: (3, H, W) patterns.
 
     A victim answers to a part of its trigger, which is all that the smallest pattern shows of it. So it is inverted
-    again, without the pixels found so far, until no pattern is as small. Arguments as in find_trigger.
+    again, without the pixels found so far, until a pattern is too large for a part. Arguments as in find_trigger.
     """
     rng, patterns = generator(seed, "parts"), [trigger.pattern]
     for _ in range(MAX_PARTS if trigger.area <= MAX_PATCH else 0):
