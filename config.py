@@ -224,7 +224,7 @@ def _add_defense(parser):
     add("--clean", type=cli.positive, help="number of clean images, equally many of each class, in place of --ratio")
     add("--seeds", type=cli.int64, nargs="+", metavar="SEED", help="repeat each run with these seeds: mean and spread")
     add("--resume", action="store_true", help="continue an interrupted comparison")
-    add_own("target", "target label of the backdoor; auto: search; any: any label but an image's own", type=cli.target)
+    add_own("target", "label to defend against; auto: search; any: any label but an image's own", type=cli.target)
     add_own("force", "defend even where the search flags no label")
     add_own("verify", "search the purified model for a further backdoor, and remove that too")
     add_own("inversion_rounds", "rounds of inversion, each from noise around the last pattern", type=cli.positive)

@@ -12,7 +12,6 @@ Writes weight/<name>.tar and results/<name>/: metrics.json, history.csv, picture
 """
 
 import os
-import re
 import traceback
 from functools import partial
 from itertools import product
@@ -25,7 +24,7 @@ from data_loader import get_clean_split, get_eval_set, get_normalization, get_re
 from defenses import DefenseContext, find_target, is_purified, remove_backdoors
 from defenses.inversion import ANY_OTHER, label_name
 from models.loading import load_classifier, load_clean_model
-from utils.checkpoint import check_data, find_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import check_data, file_stem, find_weights, read_checkpoint, save_checkpoint
 from utils.cli import is_comparison, listed
 from utils.datasets import MIRRORED
 from utils.device import keep_freed_memory, pick_device, pick_precision
@@ -38,7 +37,7 @@ from utils.progress import Stopwatch
 from utils.reporting.comparison import comparison_row, comparison_text, write_comparison
 from utils.reporting.plots import SAMPLE_SIZE
 from utils.reporting.save import save_results
-from utils.reporting.tables import metrics_table, published_table, retuned_rows, search_rows, text_table, verdict
+from utils.reporting.tables import metrics_table, published_rows, retuned_rows, search_rows, text_table, verdict
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
 
@@ -91,17 +90,19 @@ def run(opt, explicit, name) -> dict:
     if opt.defense != "none" and not found_nothing:
         goal = "" if target is None else f"; defending against {label_name(target)}"
         print(f"clean split: {len(split.index):,} of {train_count:,} training images{goal}")
-        monitor = clock("evaluate")(make_monitor(split.monitor_set, attack, opt.print_freq, log))
+        monitor = clock("evaluate")(make_monitor(split.monitor_set, attack, opt.print_freq))
         history = [{"epoch": 0, **monitor(victim, 0)}]
         models["after"], rows, triggers = defend(opt, victim, split, target, attack.num_class, device, clock, monitor)
         history += rows
+        for row in history if log else ():  # of the students that were dropped, none
+            log({name: value for name, value in row.items() if name != "epoch"}, row["epoch"])
         with clock("evaluate"):
             metrics["after"] = evaluate(models["after"], test, attack)
     with clock("evaluate"):
         inverted = measure_inverted(models, triggers, part.clean)
     purified = models.get("after") if inverted["purified"] is not False else None
 
-    print("", published_table(opt.dataset, **metrics, defense=opt.defense), "", sep="\n")
+    print("", text_table(*published_rows(opt.dataset, **metrics, defense=opt.defense)), "", sep="\n")
     print(metrics_table(test_set.classes, **metrics))
     metrics = run_metrics(opt, metrics | inverted, target, scores, triggers.get(target))
     if retuning:
@@ -138,20 +139,19 @@ def compare(opt, explicit, processes):
             metrics = metrics or run(run_options, explicit, run_name)
             rows[run_name] = comparison_row(victim, run_options.defense, metrics)
         except (RunError, UserError) as error:
-            if run_name == next(iter(runs)) and isinstance(error, UserError):
-                raise
-            failures.append(f"{title}: {error}")
+            failures.append((f"{title}: {error}", type(error)))
             print(f"failed: {error}")
         except Exception as error:  # noqa: BLE001 - a network of others can raise anything; the other runs go on
-            failures.append(f"{title}: {type(error).__name__}: {error}")
+            failures.append((f"{title}: {type(error).__name__}: {error}", RunError))
             traceback.print_exc()
         done = [rows[finished] for finished in runs if finished in rows]
-        if processes.is_main:
+        if rows and processes.is_main:
             write_comparison(os.path.join(opt.log_root, name), done, planned)
     if rows:
         print("", comparison_text(done, planned), sep="\n")
     if failures and processes.is_main:  # tries every run that failed; torchrun would stop it if another process failed
-        raise RunError(f"{len(failures)} of {len(runs)} runs failed; the first: {failures[0]}")
+        kind = RunError if rows else failures[0][1]
+        raise kind(f"{len(failures)} of {len(runs)} runs failed; the first: {failures[0][0]}")
 
 
 def planned_runs(opt, name) -> dict:
@@ -257,8 +257,12 @@ def load_reference(opt, num_class, size, device):
 def measure_retuned(model, reference, batches, test, attack, device) -> dict:
     """The re-tuning attack on the model and, unless it is None, on the clean reference: rows for metrics.json."""
     measure = partial(evaluate, eval_set=test, attack=attack)
-    retuned = retuned_metrics(model, batches, measure, device)
-    of_reference = reference and retuned_metrics(reference, batches, measure, device)
+    try:
+        retuned = retuned_metrics(model, batches, measure, device)
+        of_reference = reference and retuned_metrics(reference, batches, measure, device)
+    except RunError:
+        print("\nthe re-tuning attack failed: its loss or weights are no longer finite; nothing is reported of it")
+        return {}
     print("\nafter the re-tuning attack, percent", text_table(*retuned_rows(retuned, of_reference)), sep="\n")
     return {"retuned": retuned, "retuned_reference": of_reference}
 
@@ -288,11 +292,6 @@ def check_target(target, num_class):
     """Refuse a target label that does not exist."""
     if isinstance(target, int) and target >= num_class:
         raise UserError(f"--target {target} is not one of the labels 0..{num_class - 1}")
-
-
-def file_stem(path: str) -> str:
-    """The file's name without the endings of checkpoints."""
-    return re.sub(r"(\.(tar|pth|pt|safetensors))+$", "", os.path.basename(path))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from defenses.inversion import InvertedTrigger, find_parts, find_trigger, invert_trigger, invert_warp, shifted_patterns
+from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger, invert_warp, shifted_patterns
 from utils.progress import Stopwatch
 from utils.seed import generator
 from utils.training import train
 
 REMAINING_ROUNDS = 2  # rounds of the inversion of a student
-# Clean images below which the parts of the trigger are looked for: a student that 100 images taught to ignore one part
-# relearns the backdoor from the others.
-FEW_IMAGES = 1_000
-MAX_REMAINING = 0.05  # fraction of the pixels: a larger pattern that works on the student is no rest of the backdoor
+MAX_REMAINING = 0.05  # fraction of the pixels: a larger pattern that works on the student is no remnant of the backdoor
 
 
 class DefenseContext(NamedTuple):
@@ -48,14 +45,10 @@ class DefenseContext(NamedTuple):
     monitor: Callable | None = None
     mirrored: bool = True
 
-    def invert(self, rounds: int, steps: int, batches_per_step: int, precision: str) -> InvertedTrigger:
-        """The victim's trigger, with its parts if there are few images; arguments and errors as in find_trigger."""
-        budget = rounds, steps, batches_per_step, precision
-        settings = self.victim, self.plain_batches, self.target, self.device, self.seed
+    def invert(self, *budget) -> InvertedTrigger:
+        """The victim's trigger; budget (rounds, steps, batches a step, precision) and errors as in find_trigger."""
         with self.clock("inversion"):
-            trigger = find_trigger(*settings, *budget)
-            has_few = self.image_count < FEW_IMAGES
-            return replace(trigger, parts=find_parts(*settings, trigger, *budget)) if has_few else trigger
+            return find_trigger(self.victim, self.plain_batches, self.target, self.device, self.seed, *budget)
 
     def remaining_trigger(self, student, trigger: InvertedTrigger, *budget) -> InvertedTrigger | None:
         """A pattern that the student still answers to with the target label, or None.

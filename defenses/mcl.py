@@ -1,16 +1,16 @@
 """Model-Contrastive Learning (MCL, arXiv 2205.04411): three models of one architecture, and one loss.
 
 The victim f_B is frozen. The clean-finetuned model f_F is the victim fine-tuned on the clean split, then frozen. The
-student f_S starts as the victim. g(.) is the input of the last linear layer. For each clean image x and
-its triggered version x', which carries the inverted trigger, the student's feature g_S(x') is pulled towards the clean
-feature g_F(x) and pushed away from the backdoored feature g_B(x').
+student f_S starts as the victim with f_F's last layer, whose input is g(.). For each clean image x and its triggered
+version x', which carries the inverted trigger, the student's feature g_S(x') is pulled towards the clean feature g_F(x)
+and pushed away from the backdoored feature g_B(x').
 
 Additions to the paper; those with an option in brackets can be turned off:
 - clean images pass through the student too, and the features of x and x' are aligned with the positive, since the
   contrast alone pushes x' beyond it (align_weight);
 - the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
   shifted and mirrored (augment);
-- few clean images are mixed (CutMix, augment), and x' may carry other parts of the trigger than the inverted one;
+- x' carries the inverted pattern, another part of the trigger, or all of them; few clean images are mixed (augment);
 - where features depend on the position in the image, the student sees images with an erased rectangle, since a
   trigger hides a part of the image as well (augment);
 - images of the target class are left out of the contrast (contrast);
@@ -30,7 +30,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from defenses.base import FEW_IMAGES, DefenseContext, DefenseResult
+from defenses.base import DefenseContext, DefenseResult
 from defenses.inversion import HIT_RATE, PatternApplier
 from defenses.last_layer import calibrate, make_blind, trigger_directions
 from utils.batches import CutMixBatches, erase_rectangles
@@ -39,6 +39,7 @@ from utils.seed import generator
 from utils.training import sgd_step, train
 
 FULL_RATE_IMAGES = 2_500  # clean images from which the student trains at the full rate
+FEW_IMAGES = 1_000  # clean images below which the features of the victim itself are the positives
 # Least mean cosine of the features of an image and its mirror image at which the two are averaged: pooled features
 # have 0.93 or more, features that depend on the position in the image 0.35 to 0.6, and their average is neither's.
 # Below it, the student sees erased rectangles.
@@ -111,11 +112,8 @@ def defend(
         batches = CutMixBatches(batches, context.target, generator(context.seed, "cutmix"))
     settings = {"temperature": temperature, "align_weight": 2 * align_weight if has_few else align_weight}
     settings |= {"contrast": contrast != "none", "target": context.target if contrast == "others" else None}
-    settings |= {
-        "mirror": mirror and not depends_on_position,
-        "lr": lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5),
-    }
-    settings |= {"epochs": epochs, "monitor": context.monitor, **sgd}
+    settings |= {"mirror": mirror and not depends_on_position, "epochs": epochs, "monitor": context.monitor, **sgd}
+    settings["lr"] = lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5)
     if depends_on_position:
         settings["distort"] = partial(erase_rectangles, rng=generator(context.seed, "erasing"))
     for _ in range(rounds):
@@ -232,7 +230,7 @@ def train_student(
     distort=None,
     **training,
 ):
-    """Make f_S from f_B by contrastive learning on the clean split.
+    """Make f_S from f_B, with the positive's last layer, by contrastive learning on the clean split.
 
     Args:
         victim: f_B, frozen, in eval mode. positive: f_F, likewise, or f_B again (the paper's own code).

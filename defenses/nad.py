@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from defenses.base import DefenseContext, DefenseResult
 from utils.training import finetune
 
-WEIGHTS = (500.0, 1000.0, 1000.0)  # b_l, of the outputs of the last three groups of blocks
+WEIGHTS = (500.0, 1000.0, 1000.0)  # b_l, of the outputs at the last three resolutions
 
 
 def attention_map(feature: torch.Tensor) -> torch.Tensor:

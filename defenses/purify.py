@@ -44,7 +44,7 @@ CONSUMED_OPTIONS = {"target", "force", "verify", "batch_size", "augment"}
 # Least momentum of batch normalisation. A defense has some hundred steps: with the 0.01 of MobileNets, the statistics
 # would need all of them.
 MIN_MOMENTUM = 0.1
-MAX_HIT_RATE = 1 - HIT_RATE  # an inverted trigger no longer works if it turns at most this fraction of the images
+MAX_HIT_RATE = 1 - HIT_RATE  # an inverted trigger no longer works if its excess_on is at most this
 
 
 class PurifyResult(NamedTuple):
@@ -70,6 +70,7 @@ class PurifyResult(NamedTuple):
     history: list[dict]
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def purify(
     model: nn.Module,
@@ -99,8 +100,11 @@ def purify(
         UserError: the model, the images, the labels or the options do not fit; nothing has been trained.
         RunError: the training failed, or no pattern turns the images into the target label.
     """
-    recipe, device = _recipe(defense, target, options), pick_device(device)
-    data = _checked(torch.as_tensor(images), torch.as_tensor(labels))
+    recipe, device = _recipe(defense, target, seed, options), pick_device(device)
+    try:
+        data = _checked(torch.as_tensor(images), torch.as_tensor(labels))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"images and labels must be tensors or arrays: {error}") from None
     try:
         victim = Classifier(copy.deepcopy(model)).to(device)
     except Exception as error:  # noqa: BLE001 - the code of others can raise anything
@@ -194,7 +198,7 @@ def run_defense(name: str, context: DefenseContext, options: dict, precision: st
         return DEFENSE_FUNCTIONS[name](context, precision=precision, **settings)
 
 
-def _recipe(defense, target, options):
+def _recipe(defense, target, seed, options):
     if defense not in config.DEFENSES:
         raise UserError(f"no defense named {defense!r}{did_you_mean(defense, config.DEFENSES)}")
     recipe = dict(config.DEFENSES[defense])
@@ -204,15 +208,15 @@ def _recipe(defense, target, options):
     recipe |= options | ({"target": target} if "target" in recipe else {})
     if "target" in recipe and target is None:
         raise UserError(f"{defense} needs a target: 'auto', 'any' or a label")
-    flags = [f"--{name}" for name, value in options.items() if value is True]
-    values = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, bool)]
-    parsed, _ = config.parse("main.py", ["--defense", defense, *flags, *values])  # checks choices and ranges
-    return recipe | {name: getattr(parsed, name) for name, value in options.items() if not isinstance(value, bool)}
+    flags = {"force", "verify"} & {name for name, value in options.items() if isinstance(value, bool)}
+    words = [f"--{name}={value}" for name, value in options.items() if name not in flags]
+    parsed, _ = config.parse("main.py", ["--defense", defense, f"--seed={seed}", *words])  # checks choices and ranges
+    return recipe | {name: getattr(parsed, name) for name in options if name not in flags}
 
 
 def _checked(images, labels):
     """The images as (N, H, W, 3) uint8 and their labels, in a TensorImages."""
-    if images.dim() != 4 or len(images) != len(labels) or not len(images) or labels.dim() != 1:
+    if images.dim() != 4 or labels.dim() != 1 or len(images) != len(labels) or not len(images):
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise UserError(f"images and labels must have shapes (N, 3, H, W) or (N, H, W, 3), and (N,), not {shapes}")
     if labels.is_floating_point() or int(labels.min()) < 0:

@@ -79,7 +79,7 @@ def main():
         key = {part: str(value) for part, value in setting.items()}
         if not any(key.items() <= row.items() for row in rows):
             rows += try_setting(trial, victim, attack, data, device)
-            write_rows(table, rows)
+            write_csv(table, rows)
     measured = [[row for row in rows if row["defense"] == name] for name in names]
     best = [best_of(rows) for rows in measured if rows]
     print(text_table([*SETTING, *MEASURED], [[*row.values()] for row in best]))
@@ -102,7 +102,7 @@ def try_setting(trial, victim, attack, data, device) -> list[dict]:
         measured = {row["epoch"]: row for row in history if row["epoch"] in ROUNDS}
     setting = [trial.defense, str(trial.lr), trial.schedule or ""]
     return [
-        dict(zip(SETTING, [*setting, str(epochs)], strict=True)) | {part: metrics[part] for part in MEASURED}
+        dict(zip(SETTING, [*setting, str(epochs)], strict=True)) | {part: round(metrics[part], 2) for part in MEASURED}
         for epochs, metrics in measured.items()
     ]
 
@@ -117,11 +117,6 @@ def held_out_images(data, split, attack, device):
 def read_rows(table: str) -> list[dict]:
     """The rows of an earlier call, with percentages as numbers."""
     return [{**row, **{part: float(row[part]) for part in MEASURED}} for row in read_csv(table)]
-
-
-def write_rows(table: str, rows: list[dict]):
-    """Write the rows with percentages of two decimals."""
-    write_csv(table, [{**row, **{part: f"{row[part]:.2f}" for part in MEASURED}} for row in rows])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from utils.errors import UserError, did_you_mean
 MAX_CLASSES = 100_000
 RESNETS = {"ResNet18": ResNet18, "PreActResNet18": PreActResNet18}
 LIBRARIES = ("torchvision", "timm")
+WEIGHT_NAME = re.compile(r"(weight|bias)(_g|_v|_orig|\.original\d?)?$")  # parametrized ones, too
 
 
 class Normalize(nn.Module):
@@ -46,13 +47,13 @@ class Classifier(nn.Module):
     def __init__(self, network, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), head: str | None = None):
         super().__init__()
         self.normalize = Normalize(mean, std)
-        self.network = network
+        self.network = getattr(network, "_orig_mod", network)  # a compiled one does not call hooks
         self.head_name, self.memory_format, self.image_size = head, torch.channels_last, None
         # A frozen weight or bias is trained, since the backdoor may be in it; other frozen parameters stay.
         self.constants = {
             name
             for name, parameter in self.named_parameters()
-            if not (parameter.requires_grad or (parameter.is_floating_point() and name.endswith(("weight", "bias"))))
+            if not (parameter.requires_grad or (parameter.is_floating_point() and WEIGHT_NAME.search(name)))
         }
 
     def requires_grad_(self, requires_grad: bool = True):
@@ -157,20 +158,22 @@ class Classifier(nn.Module):
         """One forward pass: (B, 3, H, W) images in [0, 1] -> maps and logits.
 
         Returns:
-            the (B, C, h, w) output of the last convolution at each of the last three resolutions, and the
-            (B, num_class) logits.
+            the (B, C, h, w) output of the last convolution, or block of some, at each of the last three resolutions,
+            and the (B, num_class) logits.
 
         Raises:
             UserError: the network has fewer resolutions.
         """
         maps = {}
 
-        def record(_, inputs, output):
-            maps.pop(output.shape[2:], None)  # the last resolution comes last
-            if output[0, 0].numel() > 1:  # squeeze-and-excitation is no resolution
+        def record(module, inputs, output):
+            is_map = isinstance(output, torch.Tensor) and output.dim() == 4 and output[0, 0].numel() > 1
+            # Squeeze-and-excitation, of 1x1, is no resolution; a norm after the last block is not its output.
+            if is_map and any(isinstance(part, nn.Conv2d) for part in module.modules()):
+                maps.pop(output.shape[2:], None)  # the last resolution comes last
                 maps[output.shape[2:]] = output.float()
 
-        with _hooked([module for module in self.network.modules() if isinstance(module, nn.Conv2d)], record):
+        with _hooked([*self.network.modules()], record):
             logits = self(x)
         if len(maps) < 3:
             raise UserError(f"nad compares feature maps of three resolutions, and this network has {len(maps)}")

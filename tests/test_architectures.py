@@ -208,7 +208,7 @@ def test_code_that_a_checkpoint_names_is_not_run_unasked(user_file, tmp_path):
         load_classifier(checkpoint, path, "WRN-16-1", 4, RAW, CPU)
 
 
-@pytest.mark.parametrize("text", ["0.5,0.5,0.5/0.2,0.2,0", "1,2/3,4", "x", "0.5,0.5,0.5"])
+@pytest.mark.parametrize("text", ["0.5,0.5,0.5/0.2,0.2,0", "0,nan,0/1,1,1", "1,2/3,4", "x", "0.5,0.5,0.5"])
 def test_a_normalization_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="argument --normalize"):
         parse("main.py", ["--normalize", text])

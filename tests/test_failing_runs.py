@@ -22,7 +22,7 @@ def compare(monkeypatch, tmp_path):
     def run_all(errors, processes=ONE_PROCESS, order=("ft", "nad")):
         words = ["--dataset", "shapes", "--defense", "ft", "nad", "--model", MODEL, "--log_root", str(tmp_path)]
         opt, explicit = config.parse("main.py", words)
-        begun = []
+        begun = run_all.begun = []
 
         def run(options, explicit, name):
             begun.append(options.defense)
@@ -33,11 +33,13 @@ def compare(monkeypatch, tmp_path):
         monkeypatch.setattr(
             main, "deal_out", lambda _, runs, count: sorted(runs, key=lambda run: order.index(runs[run][1].defense))
         )
-        for name in ("comparison_row", "write_comparison", "comparison_text"):
+        for name in ("comparison_row", "comparison_text"):
             monkeypatch.setattr(main, name, lambda *_: "")
+        monkeypatch.setattr(main, "write_comparison", lambda *_: setattr(run_all, "tables", run_all.tables + 1))
         main.compare(opt, explicit, processes)
         return begun
 
+    run_all.tables = 0
     return run_all
 
 
@@ -49,9 +51,23 @@ def test_an_unexpected_error_of_one_run_does_not_end_a_comparison(compare, capsy
     assert compare({}) == ["ft", "nad"]
 
 
-def test_bad_input_of_the_first_run_ends_a_comparison(compare):
-    with pytest.raises(UserError, match="another size"):
-        compare({"ft": UserError("another size")})
+def test_a_comparison_goes_on_after_a_run_with_bad_input_unless_all_have_it(compare):
+    error = UserError("another size")
+    with pytest.raises(RunError, match="1 of 2 runs failed; the first: .*another size"):
+        compare({"ft": error})
+    assert compare.begun == ["ft", "nad"]
+    with pytest.raises(UserError, match="2 of 2 runs failed; the first: .*another size"):
+        compare({"ft": error, "nad": RunError("no pattern")})
+    assert compare.tables == 1  # the tables of an earlier comparison stay
+
+
+def test_a_retuning_attack_that_diverges_does_not_end_the_run(monkeypatch, capsys):
+    def diverges(*_):
+        raise RunError("loss or weights no longer finite in epoch 1")
+
+    monkeypatch.setattr(main, "retuned_metrics", diverges)
+    assert main.measure_retuned(None, None, {5: []}, None, None, None) == {}
+    assert "the re-tuning attack failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [UserError("another size"), RunError("no pattern")])
@@ -70,19 +86,37 @@ def test_a_second_comparison_says_that_it_replaces_the_tables_of_the_first(compa
     assert f"{tmp_path}/shapes-comparison holds an earlier run, which this one replaces" in capsys.readouterr().out
 
 
-def test_a_run_that_is_interrupted_before_its_report_leaves_no_weights(monkeypatch, tmp_path):
-    for split in shapes.COUNTS:
-        monkeypatch.setitem(shapes.COUNTS, split, 100)
-    words = ["--dataset", "shapes", "--clean", "20", "--target", "5", "--retune", "5", "--print_freq", "0"]
-    words += ["--checkpoint_root", str(tmp_path / "weight"), "--log_root", str(tmp_path / "results")]
-    opt, explicit = config.parse("main.py", words)
+@pytest.fixture
+def run_with(monkeypatch, tmp_path):
+    """Run main.run on a hundred shapes, with more options and a defense that returns the victim and a history."""
 
+    def run(*words, history=()):
+        for split in shapes.COUNTS:
+            monkeypatch.setitem(shapes.COUNTS, split, 100)
+        words = ["--dataset", "shapes", "--clean", "20", "--target", "5", *words]
+        words += ["--checkpoint_root", str(tmp_path / "weight"), "--log_root", str(tmp_path / "results")]
+        opt, explicit = config.parse("main.py", words)
+        monkeypatch.setattr(main, "defend", lambda opt, victim, *_: (copy.deepcopy(victim), list(history), {}))
+        main.run(config.single_run_options(opt, model=MODEL), explicit, "x")
+
+    return run
+
+
+def test_a_run_that_is_interrupted_before_its_report_leaves_no_weights(run_with, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "defend", lambda opt, victim, *_: (copy.deepcopy(victim), [], {}))
     monkeypatch.setattr(main, "get_retuning_batches", lambda *_: {5: []})
     monkeypatch.setattr(main, "measure_retuned", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        main.run(config.single_run_options(opt, model=MODEL), explicit, "x")
+        run_with("--retune", "5", "--print_freq", "0")
     assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_tensorboard_shows_the_history_of_the_run_alone(run_with, monkeypatch):
+    logged, history = [], [{"epoch": 1, "lr": 0.1, "loss": 2.0, "seconds": 3.0, "acc": 50.0}]
+    monkeypatch.setattr(main, "open_tensorboard", lambda folder: lambda *point: logged.append(point))
+    run_with("--tensorboard", history=history)
+    (before, first), after = logged
+    assert (first, set(before)) == (0, {"acc", "acc_published", "asr", "ra"})
+    assert after == ({"lr": 0.1, "loss": 2.0, "seconds": 3.0, "acc": 50.0}, 1)

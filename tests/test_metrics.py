@@ -10,7 +10,7 @@ import torch
 from attacks import Attack
 from utils.metrics import compute_metrics, make_monitor, predict
 from utils.progress import Stopwatch
-from utils.reporting.tables import METRICS, is_backdoored, metrics_table, published_table, text_table, verdict
+from utils.reporting.tables import METRICS, is_backdoored, metrics_table, published_rows, text_table, verdict
 
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
 BEFORE = {"acc": 1.0, "acc_published": 2.0, "asr": 3.0, "ra": 4.0, "floor": 5.0, "per_class": [6.0, 7.0]}
@@ -84,12 +84,18 @@ def test_a_monitor_logs_what_it_returns():
 
 
 def test_tables_hold_the_metrics_under_their_labels():
-    header, _, row = published_table("shapes", BEFORE, AFTER).splitlines()
+    header, _, row = text_table(*published_rows("shapes", BEFORE, AFTER)).splitlines()
     columns = ["Dataset", "Baseline ACC*", "Baseline ASR", "MCLDef ACC*", "MCLDef ASR", "ACC", "RA"]
     assert [column.strip() for column in header.split("  ") if column.strip()] == columns
-    assert "nad ASR" in published_table("shapes", BEFORE, AFTER, "nad")
+    assert "nad ASR" in text_table(*published_rows("shapes", BEFORE, AFTER, "nad"))
     assert row.split() == ["shapes", "2.00", "3.00", "12.50", "13.00", "11.00", "14.00"]
-    assert published_table("shapes", BEFORE).splitlines()[2].split() == ["shapes", "2.00", "3.00", "1.00", "4.00"]
+    assert text_table(*published_rows("shapes", BEFORE)).splitlines()[2].split() == [
+        "shapes",
+        "2.00",
+        "3.00",
+        "1.00",
+        "4.00",
+    ]
     lines = metrics_table(["cat", "dog"], BEFORE, AFTER).splitlines()
     assert lines[3].split()[-3:] == ["2.00", "12.50", "+10.50"]
     assert all(meaning in line for (_, meaning), line in zip(METRICS.values(), lines[2:], strict=False))
@@ -120,6 +126,7 @@ def outcome(acc, asr, floor=1.5):
 VICTIM, CLEAN, UNKNOWN = outcome(86.92, 100.0, 2.0), outcome(88.0, 1.0), outcome(86.92, None, None)
 RUN = {"before": VICTIM, "after": outcome(86.49, 1.3), "defense": "mcl", "target_label": 5}
 FLOOR, VICTIM_FLOOR = "floor 1.50 %", "floor 2.00 %"
+NO_EFFECT = "This trigger works neither before nor after"
 LEFT = "No backdoor was found, and the model is left unchanged"
 TURNS, IMAGES = "the inverted trigger works on 99.00 ->", "0 % of the images"
 LOSS = "That is a loss of 3.01 points of ACC."
@@ -144,7 +151,11 @@ NOT_MEASURED = "ASR was not measured, because the trigger is unknown"
         ),
         (
             {"before": CLEAN},
-            f"There was no backdoor, and there is none now: ASR 1.00 -> 1.30 %, {FLOOR}, ACC 88.00 -> 86.49 %.",
+            f"{NO_EFFECT}: ASR 1.00 -> 1.30 %, {FLOOR}, ACC 88.00 -> 86.49 %.",
+        ),
+        (
+            {"before": CLEAN, "inverted_hit_rate": {"before": 99.0, "after": 1.0}, "purified": True},
+            f"{NO_EFFECT}: ASR 1.00 -> 1.30 %, {FLOOR}, ACC 88.00 -> 86.49 %; {TURNS} 1.0{IMAGES}.",
         ),
         ({"before": CLEAN, "after": None}, f"{LEFT}: ASR 1.00 %, {FLOOR}, ACC 88.00 %."),
         ({"after": None}, f"{LEFT}, although the trigger works: ASR 100.00 %, {VICTIM_FLOOR}, ACC 86.92 %."),
@@ -154,7 +165,7 @@ NOT_MEASURED = "ASR was not measured, because the trigger is unknown"
         ),
         (
             {"before": CLEAN, "after": None, "defense": "none"},
-            f"The model is not backdoored: ASR 1.00 %, {FLOOR}, ACC 88.00 %.",
+            f"This trigger does not work: ASR 1.00 %, {FLOOR}, ACC 88.00 %.",
         ),
         (
             {"before": UNKNOWN, "after": outcome(86.49, math.nan, math.nan)},
@@ -180,7 +191,7 @@ def test_the_verdict_of_a_defense(changes, sentence):
     ("victim", "sentence"),
     [
         (VICTIM, f"The victim is backdoored: ASR 100.00 %, {VICTIM_FLOOR}, ACC 86.92 %."),
-        (CLEAN, f"The victim is not backdoored: ASR 1.00 %, {FLOOR}, ACC 88.00 %."),
+        (CLEAN, f"This trigger does not work: ASR 1.00 %, {FLOOR}, ACC 88.00 %."),
         (UNKNOWN, f"The victim was measured; {NOT_MEASURED}; ACC 86.92 %."),
     ],
 )

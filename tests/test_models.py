@@ -7,6 +7,7 @@ from conftest import METADATA
 from defenses.inversion.objective import untargeted_loss
 from models import load_classifier, load_clean_model, select_model
 from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.device import autocast
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -42,6 +43,21 @@ def test_losses_see_float32_whatever_the_precision():
         assert {output.dtype for output in (*maps, logits, model(images), model.features(images))} == {torch.float32}
         expected = -torch.log(1 - logits.double().softmax(1)[[0, 1], labels])
         assert torch.allclose(untargeted_loss(logits, labels).double(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["WRN-16-1", "ResNet18", "PreActResNet18"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nad_compares_what_the_groups_of_blocks_return(arch, precision):
+    torch.manual_seed(0)
+    model = select_model(arch, 3).eval()
+    names = ["block1", "block2", "block3"] if arch == "WRN-16-1" else ["layer2", "layer3", "layer4"]
+    returned, images = [], torch.rand(2, 3, 16, 16)
+    for name in names:
+        model.network.get_submodule(name).register_forward_hook(lambda *call: returned.append(call[2].float().clone()))
+    with torch.no_grad(), autocast(CPU, precision):
+        maps, _ = model.maps_and_logits(images)
+    for feature, expected in zip(maps, returned, strict=True):
+        assert torch.equal(feature, expected)
 
 
 def test_images_are_normalised_once_and_the_constants_are_not_in_the_state_dict():

@@ -254,7 +254,8 @@ def test_the_command_to_resume_starts_as_many_processes_on_a_machine_as_before(m
 def test_a_loss_that_is_not_finite_in_epoch_1_leaves_no_weights_and_says_so(started, tmp_path):
     assert exit_code_of(started(tmp_path, "--lr", "1e30")) == 1
     assert (
-        "no longer finite in epoch 1; lower --lr; no weights have been saved yet" in (tmp_path / "out.txt").read_text()
+        "no longer finite in epoch 1; lower the learning rate; no weights have been saved yet"
+        in (tmp_path / "out.txt").read_text()
     )
     assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
 

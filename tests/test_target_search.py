@@ -265,7 +265,7 @@ def test_a_suspect_without_a_pattern_that_works_is_no_backdoor(batches, monkeypa
     scores = [LabelScore(label, "pixels", 50.0, 0.95, -1.0, 0.7, 0.3) for label in range(3)]
     result = invert_suspects(None, FixedBatches(batches), scores, CPU, None)
     assert [score.inverted_area for score in result] == [1.0, 1.0, None]
-    assert not any(score.flagged for score in result)
+    assert "inverted in full, have no pattern that works" in choose_label(result, force=False)[1]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from conftest import ROOT
 import config
 from defenses import DefenseResult
 from docs import tune_defenses
-from docs.tune_defenses import ROUNDS, SETTING, best_of, held_out_images, read_rows, settings_of, write_rows
+from docs.tune_defenses import ROUNDS, SETTING, best_of, held_out_images, read_rows, settings_of
 from utils.errors import RunError, UserError
+from utils.files import write_csv
 
 CPU = torch.device("cpu")
 MEASURED_RATES = {"asr": 1.0, "floor": 1.0, "ra": 60.0}
@@ -36,7 +37,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     assert read_rows(path) == []
     row = {"defense": "ibau", "lr": "0.003", "schedule": "", "epochs": "2"}
     row |= {"acc": 81.25, "asr": 1.5, "floor": 1.0, "ra": 80.0}
-    write_rows(path, [row])
+    write_csv(path, [row])
     assert read_rows(path) == [row]
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import FixedBatches
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils import parametrizations
 
 import config
 import main
@@ -143,6 +144,52 @@ def test_an_attack_is_not_assumed_from_its_label(option):
 def test_purify_refuses_what_does_not_fit(labels, options, message):
     with pytest.raises(UserError, match=message):
         purify(Flat(), IMAGES, labels, **options)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_frozen_weights_of_other_names_are_trained_too(norm):
+    model = Flat()
+    norm(model.conv), norm(model.fc)
+    before = {name: weight.clone() for name, weight in model.requires_grad_(False).named_parameters()}
+    after = dict(purify(model, IMAGES, LABELS, defense="ft", **QUICK).model.named_parameters())
+    assert {name for name, weight in after.items() if torch.equal(weight, before[name])} == set()
+
+
+def test_a_compiled_network_is_taken_apart():
+    network, images = Flat(), IMAGES[:2]
+    classifier = Classifier(torch.compile(network, backend="eager"))
+    assert classifier.find_head("Flat", 3, (8, 8)) == 3
+    assert classifier.network is network
+    assert torch.allclose(classifier.head(classifier.features(images)), network(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["epochs", "contrast", "rounds", "lr"])
+def test_false_is_no_value_of_an_option_that_has_one(option):
+    with pytest.raises(UserError, match=f"--{option}"):
+        purify(Flat(), IMAGES, LABELS, target=1, **{**QUICK, option: False})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"images": list(IMAGES)}, {"images": IMAGES[0]}, {"labels": 5}, {"labels": ["a"] * 24}]
+    + [{"seed": None}, {"seed": 2**64}],
+)
+def test_what_is_no_tensor_and_no_seed_is_told_in_a_line(change):
+    with pytest.raises(UserError, match="images|seed"):
+        purify(**{"model": Flat(), "images": IMAGES, "labels": LABELS, "defense": "ft", **QUICK, **change})
+
+
+def test_images_of_the_target_class_alone_show_no_trigger():
+    with pytest.raises(RunError, match="all clean images are of label 1"):
+        purify(Flat(), IMAGES, torch.ones(24, dtype=torch.int64), target=1, **QUICK)
+
+
+def test_purify_trains_in_inference_mode_too():
+    torch.manual_seed(0)
+    model, images = Flat(), IMAGES.clone()
+    with torch.inference_mode():
+        result = purify(model, images, LABELS, defense="ft", **QUICK)
+    assert not torch.equal(result.model.fc.weight, model.fc.weight)
 
 
 def test_purify_refuses_images_with_nan():

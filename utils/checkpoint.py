@@ -44,6 +44,11 @@ def save_checkpoint(path: str, model, **metadata) -> None:
     write_file(path, lambda file: file.write(content.getbuffer()))
 
 
+def file_stem(path: str) -> str:
+    """The file's name without the endings of checkpoints."""
+    return re.sub(r"(\.(tar|pth|pt|safetensors))+$", "", os.path.basename(path))
+
+
 def find_weights(root: str, dataset: str, name: str) -> str:
     """The path of a model that train_badnet.py wrote to `root`, else of the one shipped with this repository.
 

@@ -163,7 +163,7 @@ def normalization(text: str) -> str | tuple:
     if text in ("dataset", "none"):
         return text
     numbers = tuple(tuple(float(number) for number in part.split(",")) for part in text.split("/"))
-    if [len(part) for part in numbers] != [3, 3] or not all(0 < std < math.inf for std in numbers[1]):
+    if [*map(len, numbers)] != [3, 3] or not all(map(math.isfinite, sum(numbers, ()))) or min(numbers[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not dataset, none, or MEAN,MEAN,MEAN/STD,STD,STD with STD above 0")
     return numbers
 

@@ -168,9 +168,7 @@ def end_epoch(row, model, measured, epochs, title, monitor, bar) -> dict:
         RunError: the loss or the weights are no longer finite.
     """
     if not math.isfinite(row["loss"]) or not _is_finite(model):
-        raise RunError(
-            f"{title or 'training'}: loss or weights are no longer finite in epoch {row['epoch']}; lower --lr"
-        )
+        raise RunError(f"{title}: loss or weights no longer finite in epoch {row['epoch']}; lower the learning rate")
     row |= monitor(measured, row["epoch"]) if monitor else {}
     if title:
         log_epoch(bar, title, row, epochs)

@@ -1,6 +1,6 @@
 """What a trigger may be, how it is inverted from a model, and the search for the target label."""
 
-from defenses.inversion.invert import find_parts, find_trigger, invert_trigger, invert_warp, shifted_patterns
+from defenses.inversion.invert import find_trigger, invert_trigger, invert_warp, shifted_patterns
 from defenses.inversion.objective import ANY_OTHER, HIT_RATE, label_name
 from defenses.inversion.patterns import PatternApplier, apply_patterns
 from defenses.inversion.scores import LabelScore, choose_label
@@ -15,7 +15,6 @@ __all__ = [
     "PatternApplier",
     "apply_patterns",
     "choose_label",
-    "find_parts",
     "find_trigger",
     "invert_suspects",
     "invert_trigger",

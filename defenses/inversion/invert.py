@@ -32,22 +32,24 @@ MAX_SHIFT, SHIFT_HIT_RATE = 2, 0.5  # a pattern shifted by up to 2 pixels is kep
 # Limits up to which a pattern is taken for the trigger: a fraction of the image's pixels (the shipped clean
 # model's patterns have 39 and 53 of 1,024), and for a warp a fraction of the image's width.
 MAX_PATCH, MAX_WARP = 0.03, 0.02
-# Further parts of a trigger, and the size of each, a fraction of the pixels: parts of two grid triggers have up to 5 of
-# 1,024; what is left once the paper's victim has lost its whole trigger has 18 and more.
-MAX_PARTS, MAX_PART = 3, 0.01
+# Further parts of a trigger, the size of each, a fraction of the pixels, and its rounds: parts of two grid triggers
+# have up to 5 of 1,024; what is left once the paper's victim has lost its whole trigger has 18 and more.
+MAX_PARTS, MAX_PART, PART_ROUNDS = 3, 0.01, 2
 # Images that each wave is tried on, and waves kept: keeping all 58 that a SIG victim responds to costs accuracy.
 WAVE_IMAGES, MAX_WAVES = 20, 16
 
 
 def find_trigger(victim, batches, target, device, seed, rounds, steps, batches_per_step, precision):
-    """Invert the trigger in the first form that fits: a patch, a warp, waves.
+    """Invert the trigger in the first form that fits: a patch and its further parts, a warp, waves.
 
     A pattern of many pixels, such as makes any model predict any label, is the last resort. Arguments as in
     invert_trigger; seed fixes the draws.
 
     Raises:
-        RunError: no form reaches a hit rate of 0.9.
+        RunError: no form reaches a hit rate of 0.9, or all images are of the target class.
     """
+    if all((labels == target).all() for _, labels in batches):
+        raise RunError(f"all clean images are of {label_name(target)}, but only those of others can show a trigger")
     rng, budget = generator(seed, "inversion"), (steps, batches_per_step, precision)
     trigger = invert_trigger(victim, batches, target, device, rng, rounds, *budget)
     if trigger is None or trigger.area > MAX_PATCH:
@@ -59,19 +61,21 @@ def find_trigger(victim, batches, target, device, seed, rounds, steps, batches_p
             f"backdoor of a known form, or --inversion_steps {steps} is too small; nothing was purified"
         )
     print(f"inverted trigger: {trigger.describe()}, hit rate {trigger.hit_rate:.1%}")
+    trigger.parts = find_parts(victim, batches, target, device, seed, trigger, *budget)
     return trigger
 
 
-def find_parts(victim, batches, target, device, seed, trigger, rounds, *budget) -> list[torch.Tensor]:
+def find_parts(victim, batches, target, device, seed, trigger, *budget) -> list[torch.Tensor]:
     """Other parts of a trigger of few pixels, and all of them together: (3, H, W) patterns.
 
-    A victim answers to a part of its trigger, which is all that the smallest pattern shows of it. So it is inverted
-    again, without the pixels found so far, until a pattern is too large for a part. Arguments as in find_trigger.
+    A victim answers to a part of its trigger, which is all that the smallest pattern shows of it, and a student that
+    ignores this part alone soon relearns the backdoor. So the victim is inverted again, without the pixels found, until
+    a pattern is too large for a part. Arguments as in find_trigger.
     """
     rng, patterns = generator(seed, "parts"), [trigger.pattern]
     for _ in range(MAX_PARTS if trigger.area <= MAX_PATCH else 0):
         unchanged = (torch.stack(patterns) == 0).flatten(0, 1).all(0)
-        part = invert_trigger(victim, batches, target, device, rng, rounds, *budget, free=unchanged)
+        part = invert_trigger(victim, batches, target, device, rng, PART_ROUNDS, *budget, free=unchanged)
         if part is None or part.area > MAX_PART:
             break
         patterns.append(part.pattern)

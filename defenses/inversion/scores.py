@@ -117,7 +117,8 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
     candidates = (score for score in scores if score.form == PixelForm.name and score.label != ANY_OTHER)
     lowest = min(candidates, key=lambda score: score.index).label
     areas = [score.inverted_area for score in scores if score.inverted_area is not None]
-    checked = f", and the most suspicious, inverted in full, change {min(areas):.1%} of the pixels" if areas else ""
+    smallest = f"change {min(areas):.1%} of the pixels" if areas and min(areas) < 1 else "have no pattern that works"
+    checked = f", and the most suspicious, inverted in full, {smallest}" if areas else ""
     floor = scores[0].weak_floor
     if floor is not None:
         checked = f"; but the model predicts one label for {floor:.0%} of the images of the others, and is so weak"

@@ -47,25 +47,28 @@ class InvertedTrigger:
     def rate_on(self, model, batches, target) -> float:
         """The fraction 0..1 of the images of other labels that the pattern makes a model predict as the target.
 
+        With parts, of the pattern or the part that turns the most images.
+
         Args:
             model: on (B, 3, H, W) images in [0, 1].
             batches: clean (images, labels), on the model's device.
             target: a label, or ANY_OTHER.
         """
-        hits, count = 0, 0
+        hits, count = torch.zeros(1 + len(self.parts)), 0
         with torch.inference_mode():
             for batch in batches:
                 images, labels = attackable_images(model, *batch, target)
                 if not len(images):  # which not every network takes
                     continue
-                triggered = apply_patterns(images, self.pattern[None].to(images.device))
-                hits += is_hit(model(triggered), labels, target).sum().item()
+                for index, pattern in enumerate([self.pattern, *self.parts]):
+                    triggered = apply_patterns(images, pattern[None].to(images.device))
+                    hits[index] += is_hit(model(triggered), labels, target).sum().item()
                 count += len(images)
-        return hits / max(count, 1)
+        return hits.max().item() / max(count, 1)
 
     def excess_on(self, model, batches, target) -> float:
         """rate_on, less the rate of the same images without the pattern: errors that no trigger causes."""
-        nothing = replace(self, pattern=torch.zeros_like(self.pattern))
+        nothing = replace(self, pattern=torch.zeros_like(self.pattern), parts=())
         return self.rate_on(model, batches, target) - nothing.rate_on(model, batches, target)
 
     def apply(self, image: torch.Tensor) -> torch.Tensor:

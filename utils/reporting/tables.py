@@ -57,11 +57,6 @@ def published_rows(dataset: str, before: dict, after: dict | None = None, defens
     return [*header, "ACC", "RA"], [[*row, final["acc"], final["ra"]]]
 
 
-def published_table(dataset: str, before: dict, after: dict | None = None, defense: str = "mcl") -> str:
-    """`published_rows` as text."""
-    return text_table(*published_rows(dataset, before, after, defense))
-
-
 def metrics_rows(classes: list[str], before: dict, after: dict | None = None) -> tuple[list[str], list[list]]:
     """Header and rows of every metric, then of every class: one model, or two and the change between them."""
     names = [*(label for label, _ in METRICS.values()), *(f"{label} {name}" for label, name in enumerate(classes))]
@@ -114,10 +109,10 @@ def verdict(metrics: dict) -> str:
     if "after" in models:
         claims = {None: "The model was purified", True: "The backdoor is still there", False: "The backdoor is gone"}
         if is_backdoored(before) is False:
-            claims[False] = "There was no backdoor, and there is none now"
+            claims[False] = "This trigger works neither before nor after"
     elif "victim" in metrics or metrics["defense"] == "none":
         name = "The victim" if "victim" in metrics else "The model"
-        claims = {None: f"{name} was measured", True: f"{name} is backdoored", False: f"{name} is not backdoored"}
+        claims = {None: f"{name} was measured", True: f"{name} is backdoored", False: "This trigger does not work"}
     else:
         left = "No backdoor was found, and the model is left unchanged"
         claims = {None: left, True: f"{left}, although the trigger works", False: left}
@@ -130,5 +125,5 @@ def verdict(metrics: dict) -> str:
     claim = claims[True] if metrics.get("purified") is False else claims[backdoored]
     if backdoored is None:
         return f"{claim}{inverted}; ASR was not measured, because the trigger is unknown; ACC {acc} %.{price}"
-    inverted = inverted if metrics.get("purified") is False else ""
+    inverted = inverted if metrics.get("purified") is False or not is_backdoored(before) else ""
     return f"{claim}: ASR {asr} %, floor {format_cell(final['floor'])} %, ACC {acc} %{inverted}.{price}"
