@@ -89,4 +89,5 @@ class InvertedTrigger:
 
     def metadata(self) -> dict:
         """Plain values for metrics.json; the hit rate in percent."""
-        return {"pattern": self.describe(), "hit_rate": 100 * self.hit_rate}
+        with_parts = replace(self, pattern=self.parts[-1]).describe() if self.parts else None
+        return {"pattern": self.describe(), "hit_rate": 100 * self.hit_rate, "with_parts": with_parts}

@@ -73,10 +73,8 @@ def draw_trigger(path: str, clean: torch.Tensor, triggered: torch.Tensor | None,
             axes.grid(False)
             axes.spines[:].set_visible(True)
         figure.supxlabel("Mid-grey: unchanged. In changes, brighter is added and darker is removed.", fontsize=8)
-    caption, triggers = (
-        "The trigger on a test image, pixel by pixel.",
-        [] if triggered is None else ["the true trigger"],
-    )
+    caption = "The trigger on a test image, pixel by pixel."
+    triggers = [] if triggered is None else ["the true trigger"]
     if inverted is not None:
         caption += " The inverted trigger is the pattern that the defense found."
         triggers += [f"the inverted one ({inverted.describe()})"]
