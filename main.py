@@ -31,7 +31,7 @@ from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.distributed import torchrun_processes
 from utils.errors import RunError, UserError, run_script
 from utils.files import announce_replacement, check_writable, remove_file, sha256_of
-from utils.grid import deal_out
+from utils.grid import deal_out, lock
 from utils.metrics import evaluate, make_monitor
 from utils.progress import Stopwatch
 from utils.reporting.comparison import comparison_row, comparison_text, write_comparison
@@ -71,7 +71,6 @@ def run(opt, explicit, name) -> dict:
     with clock("data"):
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         victim, attack, opt, metadata = load_victim(opt, explicit, test_set, device)
-        check_target(opt.target, attack.num_class)
         images = test_set.images, test_set.labels, attack, device
         test, part, sample = (get_eval_set(*images, limit) for limit in (None, SAMPLE_IMAGES, SAMPLE_SIZE))
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
@@ -86,8 +85,7 @@ def run(opt, explicit, name) -> dict:
     models, history, triggers = {"before": victim}, [], {}
 
     target, scores = label_to_defend(opt, victim, split, attack.num_class, device, clock)
-    found_nothing = scores is not None and target is None
-    if opt.defense != "none" and not found_nothing:
+    if opt.defense != "none" and (scores is None or target is not None):  # else the search found nothing
         goal = "" if target is None else f"; defending against {label_name(target)}"
         print(f"clean split: {len(split.index):,} of {train_count:,} training images{goal}")
         monitor = clock("evaluate")(make_monitor(split.monitor_set, attack, opt.print_freq))
@@ -128,6 +126,9 @@ def compare(opt, explicit, processes):
     planned = [(victim, run_options.defense) for victim, run_options in runs.values()]
     if not opt.resume and processes.count == 1:
         announce_replacement(os.path.join(opt.log_root, name), "comparison.csv")
+    if processes.count > 1:
+        with lock(os.path.join(opt.log_root, name, ".data.lock"), wait=True):  # the first one may have to download it
+            load_images(opt, "train")
     for run_name in deal_out(os.path.join(opt.log_root, name), runs, processes.count):
         victim, run_options = runs[run_name]
         title = ", ".join([victim, run_options.defense, *([f"seed {run_options.seed}"] if opt.seeds else [])])
@@ -145,7 +146,7 @@ def compare(opt, explicit, processes):
             failures.append((f"{title}: {type(error).__name__}: {error}", RunError))
             traceback.print_exc()
         done = [rows[finished] for finished in runs if finished in rows]
-        if rows and processes.is_main:
+        if processes.is_main:
             write_comparison(os.path.join(opt.log_root, name), done, planned)
     if rows:
         print("", comparison_text(done, planned), sep="\n")
@@ -179,13 +180,15 @@ def load_victim(opt, explicit, test_set, device):
         made from it.
 
     Raises:
-        UserError: no readable checkpoint, an explicit option that the checkpoint states, or a model for other data.
+        UserError: no readable checkpoint, an explicit option that it states, a model for other data, or no such target.
     """
     checkpoint = read_checkpoint(opt.model)
     used, classes = options_as_used(opt, explicit, checkpoint), len(test_set.classes)
     num_class = used.num_class = used.num_class or classes
     if num_class < classes:
         raise UserError(f"{opt.dataset} has {classes} classes, but {opt.model} was trained on {num_class}")
+    if isinstance(opt.target, int) and opt.target >= num_class:
+        raise UserError(f"--target {opt.target} is not one of the labels 0..{num_class - 1}")
     check_data(checkpoint, opt.model, test_set.size, opt.dataset)
     if checkpoint.get("attack") is not None:
         attack = Attack.from_state(checkpoint["attack"], num_class, test_set.images[:1])
@@ -242,16 +245,15 @@ def save_purified(path, results, model, metadata):
 
 
 def load_reference(opt, num_class, size, device):
-    """The clean model to compare a re-tuned model with; None if none is given and none is shipped.
-
-    Args:
-        size: (H, W) of the images.
-    """
+    """The clean model to compare with after re-tuning, on images of size (H, W); None without one that fits."""
     path = opt.retune_reference or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
-    if path == "none" or (not opt.retune_reference and not os.path.isfile(path)):
-        return None
-    hint = "pass another --retune_reference"
-    return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, size, hint)
+    settings = num_class, get_normalization(opt), device, opt.arch, size, "pass another --retune_reference"
+    try:
+        return None if path == "none" else load_clean_model(path, *settings)
+    except UserError:
+        if opt.retune_reference:
+            raise
+        return None  # the default does not fit, or there is none
 
 
 def measure_retuned(model, reference, batches, test, attack, device) -> dict:
@@ -288,11 +290,5 @@ def check_output(opt, name):
     return results, purified_path
 
 
-def check_target(target, num_class):
-    """Refuse a target label that does not exist."""
-    if isinstance(target, int) and target >= num_class:
-        raise UserError(f"--target {target} is not one of the labels 0..{num_class - 1}")
-
-
 if __name__ == "__main__":
-    run_script(main, "nothing of this run is kept: weights and results are written at its end")
+    run_script(main, "a run writes its weights and results at its end, metrics.json last")

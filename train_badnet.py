@@ -126,11 +126,7 @@ def new_network(opt, num_class, size, device):
 
 
 def load_surrogate(opt, num_class, size, device):
-    """The clean model that the trigger or the perturbation of the poisoned images is optimised on, or None.
-
-    Args:
-        size: (H, W) of the images.
-    """
+    """The clean model for images of size (H, W) that the trigger or the perturbation is optimised on, or None."""
     spec = TRIGGERS[opt.trigger_type]
     if "surrogate" not in spec.build_options and not (spec.perturb and opt.inject_portion > 0):
         return None

@@ -234,9 +234,9 @@ class Attack:
         try:
             attack = cls(**state)
             if type(attack.target_label) is not int:
-                raise UserError(f"its target label must be an integer, not {attack.target_label!r}")
+                raise UserError(f"its target label must be an integer, not a {type(attack.target_label).__name__}")
             if type(attack.num_class) is not int or num_class not in (None, attack.num_class):
-                raise UserError(f"it is for {attack.num_class!r} classes, the model has {num_class}")
+                raise UserError(f"its number of classes is not {num_class}, that of the model")
             if image is not None:
                 attack.stamp(image)
         except UserError as error:
@@ -260,7 +260,7 @@ def _check_options(trigger, expected, options):
         raise UserError(f"{trigger} takes the options ({', '.join(expected)}), not ({', '.join(map(str, options))})")
     for name, value in options.items():
         if not isinstance(value, int | expected[name]) or not 0 <= value < math.inf:
-            raise UserError(f"{name} of {trigger} must be a number, 0 or more, not {value!r}")
+            raise UserError(f"{name} of {trigger} must be a number, 0 or more")
     if options.get("opacity", 1) > 1:
         raise UserError(f"opacity of {trigger} must be at most 1, not {options['opacity']}")
 

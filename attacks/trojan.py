@@ -14,8 +14,8 @@ STEP_SIZE = 0.05  # of Adam, for pixels in [0, 1]
 def trojan_patch(size: tuple[int, int], rng: torch.Generator, surrogate, trig_w: int, trig_h: int) -> dict:
     """Optimise a patch on a grey image, in patch_trigger's place: {"patch": (trig_h, trig_w, 3) uint8}.
 
-    As in the paper, the neurons are those of the last feature layer with the largest sum of absolute weights. No image
-    of the training data is needed.
+    The neurons are those of the last feature layer with the largest sum of absolute weights to the logits (the paper's:
+    from the layer before). No image of the training data is needed.
 
     Args:
         size: (H, W) of the images.

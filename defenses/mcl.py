@@ -96,9 +96,8 @@ def defend(
     if len([*context.victim.parameters()]) == len([*context.victim.head.parameters()]):
         raise UserError("mcl trains features, and this network has no weights in front of its last layer")
     positive_model, mirror = context.victim, context.augmented and context.mirrored
-    # Of few images, fine-tuning costs more than it gives: batch statistics of 100 take 1.5 points of accuracy. So z+ is
-    # the victim's feature, the alignment weight is doubled, and the student sees CutMix images. So few labels also say
-    # little about the frequency of a class, so the biases have a stronger prior.
+    # Batch statistics of 100 images cost 1.5 points of accuracy. So z+ is the victim's feature, the alignment weight is
+    # doubled, and the student sees CutMix images. The biases have a stronger prior: labels are few.
     has_few = context.image_count < FEW_IMAGES
     if positive == "finetuned" or (positive == "auto" and not has_few):
         with context.clock("finetune"):

@@ -39,8 +39,13 @@ def unlearn(
     trigger = context.invert(inversion_rounds, inversion_steps, inversion_batches, training["precision"])
     student, add_trigger = context.new_student(), PatternApplier(context.training_patterns(trigger))
 
+    given = triggered = None
+
     def loss_of(images, labels):
-        return F.cross_entropy(student(trigger_fraction(images, add_trigger)), labels)
+        nonlocal given, triggered
+        if images is not given:  # PAM passes each batch twice
+            given, triggered = images, trigger_fraction(images, add_trigger)
+        return F.cross_entropy(student(triggered), labels)
 
     return context.fit(student, loss_of, update=make_update(student), **training)._replace(trigger=trigger)
 

@@ -44,7 +44,6 @@ CONSUMED_OPTIONS = {"target", "force", "verify", "batch_size", "augment"}
 # Least momentum of batch normalisation. A defense has some hundred steps: with the 0.01 of MobileNets, the statistics
 # would need all of them.
 MIN_MOMENTUM = 0.1
-MAX_HIT_RATE = 1 - HIT_RATE  # an inverted trigger no longer works if its excess_on is at most this
 
 
 class PurifyResult(NamedTuple):
@@ -143,7 +142,7 @@ def purify(
 def is_purified(student, triggers: dict, batches) -> bool | None:
     """Whether no inverted trigger (label -> trigger) works on clean images any more; None if there is none."""
     excesses = [trigger.excess_on(student, batches, label) for label, trigger in triggers.items()]
-    return max(excesses) <= MAX_HIT_RATE if excesses else None
+    return max(excesses) <= 1 - HIT_RATE if excesses else None
 
 
 def find_target(victim, batches, num_class, device, seed, options: dict, precision="fp32"):

@@ -135,7 +135,7 @@ def train_member(member, folder, opt, device):
 def train_and_save(opt, batches, num_class, device, path):
     """Train the network that the options name, and save it without its attack."""
     model, metadata = new_network(opt, num_class, batches.image_shape[1:], device)
-    settings = {name: getattr(opt, name) for name in ("epochs", "lr", "momentum", "weight_decay", "schedule")}
+    settings = {name: getattr(opt, name) for name in config.TRAINING if name != "batch_size"}
     settings |= {"precision": pick_precision(opt.precision, device), "title": os.path.basename(path)}
     train(model, batches, lambda images, labels: F.cross_entropy(model(images), labels), device, **settings)
     save_checkpoint(path, model, **metadata)

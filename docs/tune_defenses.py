@@ -18,10 +18,11 @@ from typing import ClassVar
 import config
 from data_loader import get_clean_split, get_eval_set, load_images, sample_positions
 from defenses import DefenseContext
+from defenses.inversion import ANY_OTHER
 from defenses.purify import run_defense
 from main import load_victim
 from utils.cli import listed
-from utils.device import pick_device
+from utils.device import pick_device, pick_precision
 from utils.errors import RunError, UserError, run_script
 from utils.files import read_csv, write_csv
 from utils.metrics import evaluate
@@ -91,9 +92,10 @@ def try_setting(trial, victim, attack, data, device) -> list[dict]:
     batches = split.train, split.plain, trial.augment == "crop_flip", len(split.index)
     measure = partial(evaluate, eval_set=held_out_images(data, split, attack, device), attack=attack)
     monitor = None if trial.schedule else lambda model, _: measure(model)
-    context = SharedInversion(victim, *batches, device, trial.seed, Stopwatch(), trial.target, monitor)
+    target, precision = ANY_OTHER if trial.target == "any" else trial.target, pick_precision(trial.precision, device)
+    context = SharedInversion(victim, *batches, device, trial.seed, Stopwatch(), target, monitor)
     try:
-        student, history, _ = run_defense(trial.defense, context, vars(trial))
+        student, history, _ = run_defense(trial.defense, context, vars(trial), precision)
     except RunError as error:
         print(f"failed: {error}")
         return []

@@ -66,7 +66,7 @@ def load_clean_model(path: str, num_class: int, normalization, device, arch: str
     checkpoint = read_checkpoint(path)
     found = checkpoint.get("num_class", num_class)
     if found != num_class:
-        raise UserError(f"the clean model {path} has {found} classes, but the data has {num_class}")
+        raise UserError(f"the clean model {path} has {found} classes, but {num_class} are needed; {hint}")
     check_data(checkpoint, path, size)
     arch = checkpoint.get("recognised", arch)
     return load_classifier(checkpoint, path, arch, num_class, normalization, device, size)[0]

@@ -8,9 +8,18 @@ import pytest
 import torch
 from conftest import METADATA, ROOT
 
+import config
+from attacks import Attack, build_attack
 from models import select_model
 from models.loading import load_clean_model
-from utils.checkpoint import check_data, find_weights, load_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import (
+    _stated_by_backdoorbench,
+    check_data,
+    find_weights,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
 from utils.errors import RunError, UserError
 from utils.files import check_writable, write_csv, write_file, write_json
 
@@ -19,6 +28,24 @@ from utils.files import check_writable, write_csv, write_file, write_json
 def model():
     torch.manual_seed(0)
     return select_model("WRN-10-1", 4)
+
+
+class Endless:
+    """Stands for nested lists, whose text has no end."""
+
+    def __repr__(self):
+        raise MemoryError
+
+
+def test_values_of_a_file_are_not_turned_into_text():
+    assert _stated_by_backdoorbench({"model_name": Endless(), "clean_data": Endless()}) == {}
+    opt, _ = config.parse("train_badnet.py", ["--trigger_type", "blendTrigger", "--target_type", "all2all"])
+    state = build_attack(opt, 10, (32, 32)).state()
+    for name, message in (("target_label", "must be an integer"), ("num_class", "number of classes is not 10")):
+        with pytest.raises(UserError, match=message):
+            Attack.from_state(state | {name: Endless()}, 10)
+    with pytest.raises(UserError, match="opacity of blendTrigger must be a number"):
+        Attack.from_state(state | {"trigger_options": {"opacity": Endless()}}, 10)
 
 
 def test_a_saved_model_is_read_back_with_its_metadata(model, tmp_path):

@@ -118,6 +118,14 @@ def test_models_that_are_only_measured_have_one_column_and_no_seconds():
     assert [row[-2:] for row in cells] == [["", "98.00"], ["12.50", "3.00"]]
 
 
+def test_a_retuning_attack_that_failed_is_a_gap_in_its_column():
+    retuned = [{**ROWS[0], "retuned_50": 3.0}, ROWS[1]]
+    for rows in (retuned, retuned[::-1]):
+        ((_, header, cells),) = tables_of(rows, "<{}>".format)
+        assert header[-1] == "ASR re-tuned, 50"
+        assert sorted((row[0], row[-1]) for row in cells[1:]) == [("mcl", "<3.00>"), ("nad", "-")]
+
+
 UNKNOWN = {**BEFORE, "asr": None, "ra": None, "floor": None}
 
 

@@ -99,6 +99,10 @@ def test_a_clean_model_has_no_options_of_poisoned_images():
     assert config.parse("train_badnet.py", words)[0].inject_portion == 0
     with pytest.raises(UserError, match="--noise_ratio applies only with --inject_portion above 0"):
         config.parse("train_badnet.py", [*words, "--noise_ratio", "1"])
+    words = ["--inject_portion", "0", "--surrogate", "x", "--trigger_type"]
+    assert config.parse("train_badnet.py", [*words, "trojanTrigger"])[0].surrogate == "x"
+    with pytest.raises(UserError, match="--surrogate applies only with --inject_portion above 0"):
+        config.parse("train_badnet.py", [*words, "clTrigger"])
 
 
 def test_adamw_has_no_momentum():

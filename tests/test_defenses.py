@@ -110,6 +110,14 @@ def test_ftsam_by_hand(make_context, victim, batches):
     assert_weights(result.student, expected)
 
 
+def test_both_passes_of_pam_see_the_same_triggered_images(make_context, trigger, monkeypatch):
+    seen, others = [], torch.rand(5, 3, 8, 8)
+    monkeypatch.setattr("defenses.base.shifted_patterns", lambda *_: torch.cat([trigger.patterns, others]))
+    monkeypatch.setattr(nc, "trigger_fraction", lambda images, add_trigger: seen.append(add_trigger.patterns) or images)
+    DEFENSE_FUNCTIONS["pam"](make_context(), **{**RECIPES["pam"], "epochs": 2})
+    assert len(seen) == 6  # three batches twice
+
+
 def test_pam_by_hand(make_context, victim, batches, trigger):
     images, labels = batches[0]
     triggered = torch.cat([trigger.apply(images[0])[None], trigger.apply(images[1])[None], images[2:]])

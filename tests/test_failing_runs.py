@@ -4,6 +4,7 @@ import copy
 import os
 
 import pytest
+import torch
 from conftest import ROOT
 
 import config
@@ -22,7 +23,8 @@ def compare(monkeypatch, tmp_path):
     def run_all(errors, processes=ONE_PROCESS, order=("ft", "nad")):
         words = ["--dataset", "shapes", "--defense", "ft", "nad", "--model", MODEL, "--log_root", str(tmp_path)]
         opt, explicit = config.parse("main.py", words)
-        begun = run_all.begun = []
+        begun, run_all.loaded = [], []
+        run_all.begun = begun
 
         def run(options, explicit, name):
             begun.append(options.defense)
@@ -30,16 +32,15 @@ def compare(monkeypatch, tmp_path):
                 raise errors[options.defense]
 
         monkeypatch.setattr(main, "run", run)
+        monkeypatch.setattr(main, "load_images", lambda _, split: run_all.loaded.append(split))
         monkeypatch.setattr(
             main, "deal_out", lambda _, runs, count: sorted(runs, key=lambda run: order.index(runs[run][1].defense))
         )
-        for name in ("comparison_row", "comparison_text"):
+        for name in ("comparison_row", "write_comparison", "comparison_text"):
             monkeypatch.setattr(main, name, lambda *_: "")
-        monkeypatch.setattr(main, "write_comparison", lambda *_: setattr(run_all, "tables", run_all.tables + 1))
         main.compare(opt, explicit, processes)
         return begun
 
-    run_all.tables = 0
     return run_all
 
 
@@ -58,7 +59,15 @@ def test_a_comparison_goes_on_after_a_run_with_bad_input_unless_all_have_it(comp
     assert compare.begun == ["ft", "nad"]
     with pytest.raises(UserError, match="2 of 2 runs failed; the first: .*another size"):
         compare({"ft": error, "nad": RunError("no pattern")})
-    assert compare.tables == 1  # the tables of an earlier comparison stay
+
+
+def test_a_default_reference_that_does_not_fit_is_left_out():
+    opt, _ = config.parse("main.py", ["--retune", "5"])
+    assert main.load_reference(opt, 11, (32, 32), torch.device("cpu")) is None
+    assert main.load_reference(opt, 10, (32, 32), torch.device("cpu")) is not None
+    opt.retune_reference = str(ROOT / "weight" / "CIFAR10" / "WRN-16-1-clean.pth.tar")
+    with pytest.raises(UserError, match="has 10 classes, but 11 are needed; pass another --retune_reference"):
+        main.load_reference(opt, 11, (32, 32), torch.device("cpu"))
 
 
 def test_a_retuning_attack_that_diverges_does_not_end_the_run(monkeypatch, capsys):
@@ -73,6 +82,7 @@ def test_a_retuning_attack_that_diverges_does_not_end_the_run(monkeypatch, capsy
 @pytest.mark.parametrize("error", [UserError("another size"), RunError("no pattern")])
 def test_a_failure_of_one_process_of_torchrun_does_not_stop_the_others(compare, error):
     assert compare({"nad": error}, Processes(1, 2), order=("nad", "ft")) == ["nad", "ft"]
+    assert compare.loaded == ["train"]  # by one process at a time, since the first may download it
     with pytest.raises(RunError, match="1 of 2 runs failed"):  # the main process says so
         compare({"nad": error}, Processes(0, 2), order=("nad", "ft"))
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from threading import Thread
 
 import pytest
 from conftest import METADATA, ROOT
@@ -78,6 +79,13 @@ def test_a_name_is_had_by_one_process_at_a_time_and_by_the_next_if_that_dies(tmp
     assert next(second) == "a"
     with lock(str(tmp_path / ".a.lock")) as is_mine:
         assert not is_mine
+    with lock(str(tmp_path / "a")):
+        other = Thread(target=lambda: lock(str(tmp_path / "a"), wait=True).__enter__())
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+    other.join(10)
+    assert not other.is_alive()
     assert list(second) == []
     assert list(deal_out(str(tmp_path / "unused"), ["a", "b"], 1)) == ["a", "b"]
     (tmp_path / "file").touch()

@@ -144,7 +144,7 @@ class Constants(Flat):
 @pytest.mark.parametrize("defense", ["ft", "ibau", "ftsam", "fst", "pam"])
 def test_constants_stay_and_frozen_layers_are_trained(defense, trigger, monkeypatch):
     monkeypatch.setattr("defenses.base.find_trigger", lambda *_: trigger)
-    monkeypatch.setattr(purify_module, "MAX_HIT_RATE", 1.0)
+    monkeypatch.setattr(purify_module, "is_purified", lambda *_: True)
     torch.manual_seed(0)
     model = Constants()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import config
 from defenses import DefenseResult
+from defenses.inversion import ANY_OTHER
 from docs import tune_defenses
 from docs.tune_defenses import ROUNDS, SETTING, best_of, held_out_images, read_rows, settings_of
 from utils.errors import RunError, UserError
@@ -53,7 +54,8 @@ def test_held_out_images_are_mirrored_and_not_of_the_clean_split(monkeypatch):
 def test_settings_are_run_once_and_those_that_fail_leave_no_row(tmp_path, monkeypatch, capsys):
     table, used = str(tmp_path / "table.csv"), []
 
-    def run_defense(name, context, options):
+    def run_defense(name, context, options, precision):
+        assert (precision, context.target) == ("bf16", ANY_OTHER if name == "nc" else None)
         used.append((name, options["lr"], options["schedule"], options["epochs"]))
         if options["lr"] > 0.02:
             raise RunError("not finite")
@@ -66,7 +68,7 @@ def test_settings_are_run_once_and_those_that_fail_leave_no_row(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["tune_defenses", table, *words])
     with pytest.raises(UserError, match="nc needs a --target"):
         tune_defenses.main()
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--target", "5"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--target", "any", "--precision", "bf16"])
     for _ in range(2):
         tune_defenses.main()
     assert len(used) == 12 + 3 + 4  # the four of nc that failed are tried again

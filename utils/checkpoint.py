@@ -187,9 +187,9 @@ def runs_a_file(arch: str) -> bool:
 
 def _stated_by_backdoorbench(metadata):
     """What attack_result.pt of BackdoorBench states of its model, if the metadata is of one and the model is known."""
-    name, dataset = str(metadata.get("model_name")), str(metadata.get("clean_data"))
+    name, dataset = metadata.get("model_name"), metadata.get("clean_data")
     is_torchvision = name in torchvision.models.list_models()
-    if dataset not in BACKDOORBENCH or not (is_torchvision or name == "preactresnet18"):
+    if dataset not in [*BACKDOORBENCH] or not (is_torchvision or name == "preactresnet18"):
         return {}
     arch = f"torchvision:{name}" if is_torchvision else "PreActResNet18"
     stated = {"recognised": arch, "num_class": metadata.get("num_classes"), "normalization": BACKDOORBENCH[dataset]}

@@ -131,6 +131,7 @@ OPTION_CONDITIONS = {
     "ratio": ("a --defense other than none, without --clean", lambda opt: _DEFENDS[1](opt) and not opt.clean),
     **dict.fromkeys(("clean", "precision", "print_freq"), _DEFENDS),
     **dict.fromkeys(("train_delta", "epsilon", "noise_ratio"), _POISONS),
+    "surrogate": (_POISONS[0], lambda opt: opt.trigger_type == "trojanTrigger" or _POISONS[1](opt)),
 }
 
 

@@ -9,8 +9,8 @@ from utils.errors import UserError
 
 
 @contextmanager
-def lock(path: str) -> Iterator[bool]:
-    """Whether this process got the lock file at `path`; held for the body, and free again if the process dies.
+def lock(path: str, wait: bool = False) -> Iterator[bool]:
+    """Whether this process got the lock file at `path`, if need be after a wait; held for the body, or until it dies.
 
     Raises:
         UserError: the folder takes no lock files.
@@ -20,7 +20,7 @@ def lock(path: str) -> Iterator[bool]:
     with ExitStack() as stack:
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             is_mine = True
         except BlockingIOError:
             is_mine = False

@@ -31,7 +31,7 @@ def comparison_row(victim: str, defense: str, metrics: dict) -> dict:
 
 def columns_of(rows: list[dict]) -> dict[str, tuple]:
     """The columns of the tables, key -> label and function for the best value; ASR after re-tuning if measured."""
-    counts = [key.removeprefix("retuned_") for key in rows[0] if key.startswith("retuned_")]
+    counts = dict.fromkeys(key.removeprefix("retuned_") for row in rows for key in row if key.startswith("retuned_"))
     return {**COLUMNS, **{f"retuned_{count}": (f"ASR re-tuned, {count}", min) for count in counts}}
 
 
@@ -52,7 +52,7 @@ def mean_rows(rows: list[dict], planned: list[tuple[str, str]]) -> list[dict]:
         mean["unchanged"] = sum(not row["changed"] for row in runs if defense != "none")
         mean["working"] = sum(row["purified"] is False for row in runs)
         for key in {**METRICS, **columns_of(rows)}:
-            values = [row[key] for row in runs]
+            values = [row.get(key) for row in runs]  # none, if the re-tuning attack failed
             complete = bool(runs) and not any(map(is_missing, values))
             mean[key] = statistics.fmean(values) if complete else None
             mean["sd"][key] = statistics.stdev(values) if complete and len(values) > 1 else 0.0
@@ -75,8 +75,8 @@ def comparison_tables(rows: list[dict], planned, mark) -> list[tuple[str, list[s
         cells[victim] = {"none": dict.fromkeys(columns, "")}  # holds the first place
         for row in runs:
             cells[victim][row["defense"]] = {key: _mean_cell(row, key) for key in columns}
-        successes = [row for row in runs if row["removed"]]
         for key, (_, choose) in columns.items():
+            successes = [row for row in runs if row["removed"] and row[key] is not None]
             best = choose(successes, key=lambda row: row[key], default=None)
             for row in successes:
                 if abs(round(row[key], 2) - round(best[key], 2)) <= max(row["sd"][key], best["sd"][key]):

@@ -53,8 +53,7 @@ def published_rows(dataset: str, before: dict, after: dict | None = None, defens
         name = "MCLDef" if defense == "mcl" else defense  # the paper's name
         header += [f"{name} ACC*", f"{name} ASR"]
         row += [after["acc_published"], after["asr"]]
-    final = after or before
-    return [*header, "ACC", "RA"], [[*row, final["acc"], final["ra"]]]
+    return [*header, "ACC", "RA"], [[*row, *((after or before)[key] for key in ("acc", "ra"))]]
 
 
 def metrics_rows(classes: list[str], before: dict, after: dict | None = None) -> tuple[list[str], list[list]]:
