@@ -122,6 +122,8 @@ def purify(
         if target is None:
             return PurifyResult(None, None, scores, None, None, None, [])
     target = ANY_OTHER if target == "any" else target
+    if target is not None and (data.labels == target).all():
+        raise UserError(f"all images are of label {target}, but only those of other labels can show its trigger")
     context = DefenseContext(
         victim, train, plain, augment, len(data), device, seed, Stopwatch(), target, mirrored=mirrored
     )

@@ -180,7 +180,7 @@ def test_what_is_no_tensor_and_no_seed_is_told_in_a_line(change):
 
 
 def test_images_of_the_target_class_alone_show_no_trigger():
-    with pytest.raises(RunError, match="all clean images are of label 1"):
+    with pytest.raises(UserError, match="all images are of label 1"):
         purify(Flat(), IMAGES, torch.ones(24, dtype=torch.int64), target=1, **QUICK)
 
 
