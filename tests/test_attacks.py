@@ -239,7 +239,7 @@ def test_a_trojan_patch_is_not_built_without_a_clean_model():
         ({"colour": 3}, "cannot be read"),
         ({"target_label": "2"}, "cannot be read"),
         ({"target_label": 2.0}, "must be an integer"),
-        ({"num_class": 6}, "for 6 classes, the model has 5"),
+        ({"num_class": 6}, "its number of classes is not 5, that of the model"),
         ({"trigger_options": {}}, r"takes the options \(opacity\), not \(\)"),
         ({"trigger_options": {"opacity": "much"}}, "opacity of blendTrigger must be a number"),
         ({"trigger_options": {"opacity": 2.0}}, "must be at most 1"),

@@ -106,7 +106,7 @@ def test_a_clean_model_that_is_missing_or_has_other_classes_is_refused(tmp_path)
     weights, path = save_weights(tmp_path, "a.tar", **METADATA)
     model = load_clean_model(path, 4, NO_NORMALIZATION, CPU, "WRN-16-1", (32, 32), "train one")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.network.state_dict().items())
-    with pytest.raises(UserError, match="has 4 classes, but the data has 10"):
+    with pytest.raises(UserError, match="has 4 classes, but 10 are needed; "):
         load_clean_model(path, 10, NO_NORMALIZATION, CPU, "WRN-16-1", (32, 32), "train one")
     with pytest.raises(UserError, match="no clean model at .*; train one$"):
         load_clean_model(str(tmp_path / "b.tar"), 4, NO_NORMALIZATION, CPU, "WRN-16-1", (32, 32), "train one")

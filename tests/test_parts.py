@@ -104,6 +104,13 @@ def test_a_trigger_works_if_a_part_of_it_works(batches):
     assert InvertedTrigger(-rising, 1.0, parts=[-rising]).rate_on(victim, batches, 1) == 0
 
 
+def test_the_parts_are_in_the_metadata_all_together():
+    pattern, together = torch.zeros(3, 6, 6), torch.zeros(3, 6, 6)
+    pattern[:, 0, 0], together[:, 0, :2] = 1, 1
+    trigger = InvertedTrigger(pattern, 0.9, parts=[pattern.flip(2), together])
+    assert trigger.metadata() == {"pattern": "1 px, L1 3.0", "hit_rate": 90.0, "with_parts": "2 px, L1 6.0"}
+
+
 def test_pixels_that_are_not_free_stay_out_of_every_round(batches, monkeypatch):
     starts, excluded = [], torch.zeros(6, 6, dtype=torch.bool)
     excluded[0, :2] = True
