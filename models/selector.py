@@ -166,14 +166,16 @@ class Classifier(nn.Module):
         """
         maps = {}
 
-        def record(module, inputs, output):
-            is_map = isinstance(output, torch.Tensor) and output.dim() == 4 and output[0, 0].numel() > 1
-            # Squeeze-and-excitation, of 1x1, is no resolution; a norm after the last block is not its output.
-            if is_map and any(isinstance(part, nn.Conv2d) for part in module.modules()):
+        def record(_, inputs, output):
+            # Squeeze-and-excitation, of 1x1, is no resolution.
+            if isinstance(output, torch.Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
                 maps.pop(output.shape[2:], None)  # the last resolution comes last
                 maps[output.shape[2:]] = output.float()
 
-        with _hooked([*self.network.modules()], record):
+        def has_convolution(module):
+            return any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+        with _hooked(filter(has_convolution, self.network.modules()), record):
             logits = self(x)
         if len(maps) < 3:
             raise UserError(f"nad compares feature maps of three resolutions, and this network has {len(maps)}")

@@ -273,5 +273,6 @@ def test_the_limits_that_were_chosen_by_measurements():
     assert (mcl.CLEAN_SIMILARITY, mcl.MIRROR_SIMILARITY, mcl.MAX_GRADIENT) == (0.98, 0.8, 0.05)
     assert (last_layer.DIRECTIONS, last_layer.MAX_COST) == (4, 0.02)
     assert (base.MAX_REMAINING, invert_module.MAX_PATCH, invert_module.MAX_WARP) == (0.05, 0.03, 0.02)
-    assert purify_module.MIN_MOMENTUM == 0.1
+    assert (1 - purify_module.HIT_RATE, purify_module.MIN_MOMENTUM) == (pytest.approx(0.1), 0.1)
+    assert (invert_module.MAX_PARTS, invert_module.MAX_PART, invert_module.PART_ROUNDS) == (3, 0.01, 2)
     assert [config.DEFENSES["mcl"][name] for name in ("rounds", "contrast", "calibration")] == [3, "others", "bias"]

@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 @contextmanager
 def lock(path: str, wait: bool = False) -> Iterator[bool]:
-    """Whether this process got the lock file at `path`, if need be after a wait; held for the body, or until it dies.
+    """Whether this process got the lock file at `path` (`wait`: once it is free); held for the body, freed if it dies.
 
     Raises:
         UserError: the folder takes no lock files.
