@@ -16,7 +16,7 @@ RUN = {
     "target_label": 5,  # the attacker's label
     "seed": 1,  # fixes poisoning, clean split, weights, batches and inversion
     "device": "auto",  # CUDA if available
-    "precision": "fp32",  # of all but the evaluation
+    "precision": "fp32",  # of training and inversion
     "print_freq": 1,  # epochs between two measurements of ACC and ASR during training; 0: none
     "checkpoint_root": "weight",
     "log_root": "results",
@@ -69,7 +69,7 @@ DEFENSES = {
         "verify": False,  # search the purified model for a further backdoor, and remove that too
         "inversion_rounds": 5,  # published: 1
         "inversion_steps": 36,  # a round
-        "inversion_batches": 3,  # a step
+        "inversion_batches": 1,  # a step
         # the clean-finetuned model
         "positive": "auto",  # finetuned from 1,000 clean images on, else backdoored, as in the paper's own code
         "finetune_epochs": 3,
@@ -103,7 +103,7 @@ DEFENSES = {
     },
     "nc": {  # Wang et al., S&P 2019: the inversion of mcl, the rate and schedule of BackdoorBench
         "target": "auto", "force": False, "verify": False,
-        "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3,
+        "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 1,
         "epochs": 20, "batch_size": 64, "lr": 0.01, "schedule": "cosine",
         "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
     },
@@ -119,7 +119,7 @@ DEFENSES = {
     },
     "pam": {  # Min et al., NeurIPS 2024; rho published: 0.3 to 0.9
         "target": "auto", "force": False, "verify": False,
-        "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 3,
+        "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 1,
         "rho": 0.5,
         "epochs": 20, "batch_size": 64, "lr": 0.01, "schedule": "cosine",
         "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
@@ -164,7 +164,7 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=cli.int64, help="seed of poisoning, clean split, weights, batches and inversion")
     add("--device", choices=["auto", "cuda", "cpu"], help="auto: CUDA if available")
-    add("--precision", choices=["auto", "fp32", "bf16"], help="of all but the evaluation; auto: bf16 where it is fast")
+    add("--precision", choices=["auto", "fp32", "bf16"], help="of training and inversion; auto: bf16 where it is fast")
     add("--print_freq", type=cli.count, help="epochs between two measurements of ACC and ASR; 0: none in training")
     add("--tensorboard", action="store_true", help="also log these measurements for TensorBoard")
     if not training:
@@ -172,7 +172,7 @@ def get_arguments(script: str = "main.py", description: str | None = None) -> cl
         add("--retune_reference", help="clean model to compare with, or none (default: WRN-16-1-clean of the data set)")
     add("--checkpoint_root", help="folder for weights")
     add("--log_root", help="folder for results")
-    add("--name", help="name of this run's files (default: made from the options)")
+    add("--name", help="name of this run's files (default: of data set, model and attack or defense)")
     own = TRAINING if training else {"ratio": RATIO, "defense": "mcl", "trigger_type": None, "target_label": None}
     parser.set_defaults(**{**RUN, **own})
     return parser
@@ -215,7 +215,7 @@ def _add_training(parser):
 
 
 def _add_defense(parser):
-    add = parser.add_argument_group("defense (in brackets: the defenses that use the option, and default)").add_argument
+    add = parser.add_argument_group("defense (in brackets: the defenses that use the option: its default)").add_argument
     add_own = partial(cli.add_method_option, add, DEFENSES)
     add("--model", nargs="+", help="checkpoint of the victim (default: weight/<dataset>/WRN-16-1-badnet.pth.tar)")
     defenses = {"nargs": "+", "choices": [*DEFENSES, "none", "all"], "metavar": "DEFENSE"}
@@ -227,7 +227,7 @@ def _add_defense(parser):
     add_own("target", "label to defend against; auto: search; any: any label but an image's own", type=cli.target)
     add_own("force", "defend even where the search flags no label")
     add_own("verify", "search the purified model for a further backdoor, and remove that too")
-    add_own("inversion_rounds", "rounds of inversion, each from noise around the last pattern", type=cli.positive)
+    add_own("inversion_rounds", "rounds at most, each from noise around the last pattern", type=cli.positive)
     add_own("inversion_steps", "steps per round", type=cli.positive)
     add_own("inversion_batches", "batches per step", type=cli.positive)
     add_own("positive", "model of the positive feature z+", choices=["auto", "finetuned", "backdoored"])

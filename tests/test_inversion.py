@@ -154,6 +154,16 @@ def test_the_penalty_weight_rises_with_hits_and_falls_without(batches, victim, f
     assert weights[:5] == pytest.approx([0.01 * factor**n for n in (0, 0, 1, 1, 2)])  # patience: a tenth of 20
 
 
+def test_a_batch_is_several_updates_and_a_step_is_judged_on_all_of_its_images():
+    images = torch.zeros(40, 3, 6, 6)
+    images[:16, 1] = 1.0  # the first part stays green, whatever red is added
+    form, start = RecordingForm((3, 6, 6)), torch.full((1, 2, 3, 6, 6), -1.0)
+    start[:, 0, 0, 0, 0] = 1.0
+    found = optimise_pattern(RedPixelVictim(), iter(label_zero(images) * 4), 1, form, start, 0.0, 2, 2, "fp32")
+    assert len(form.parameters) == 2 * 2 * 3  # of each batch, 16, 16 and 8
+    assert found is None  # 24 of 40 are turned
+
+
 def test_a_small_warp_is_found():
     rng = torch.Generator().manual_seed(1)
     trigger = invert_warp(ShiftedStripesVictim(), label_zero(STRIPES), 1, CPU, rng, 60, 1)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from defenses.inversion import ANY_OTHER
-from defenses.inversion.objective import PenaltyWeight, attackable_images, hits_and_losses, is_hit, untargeted_loss
+from defenses.inversion.objective import (
+    PenaltyWeight,
+    attackable_images,
+    attackable_parts,
+    hits_and_losses,
+    is_hit,
+    untargeted_loss,
+)
 
 LOGITS, LABELS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([0, 2])
 
@@ -26,6 +33,16 @@ def test_attackable_images_have_other_labels_or_are_classified_right():
     images = torch.arange(2.0).view(2, 1, 1, 1)
     assert attackable_images(lambda x: LOGITS, images, LABELS, ANY_OTHER)[1].tolist() == [0]
     assert attackable_images(lambda x: LOGITS, images, LABELS, 0)[1].tolist() == [2]
+
+
+def test_attackable_images_come_in_parts_of_sixteen():
+    images = torch.arange(40.0).view(40, 1, 1, 1)
+    labels = torch.tensor([0, *[1] * 38, 2])
+    only_targets = torch.full((2, 1, 1, 1), 50.0), torch.zeros(2, dtype=torch.int64)
+    parts = list(attackable_parts(None, [(images, labels), only_targets, (images[:3], labels[:3])], 0))
+    expected = [range(1, 17), range(17, 33), range(33, 40), range(1, 3)]
+    assert [part.flatten().tolist() for part, _ in parts] == [list(numbers) for numbers in expected]
+    assert [part.tolist() for _, part in parts] == [[1] * 16, [1] * 16, [1] * 6 + [2], [1] * 2]
 
 
 class All2AllVictim(torch.nn.Module):
@@ -63,10 +80,18 @@ def test_hits_and_losses_by_hand():
 
 def test_penalty_weight_rises_while_the_pattern_works_and_falls_while_it_fails():
     weight = PenaltyWeight(torch.tensor([1.0, 1.0, 1.0]), patience=2)
+    tried = torch.ones(3, dtype=torch.bool)
     for works in ([True, False, True], [True, False, False], [True, False, True], [True, False, True]):
-        weight.update(torch.tensor(works))
+        weight.update(torch.tensor(works), tried)
     # Two steps in a row move the weight by one factor: 1.5 up, 1.5^1.5 down.
     assert weight.value.tolist() == pytest.approx([1.5**2, 1.5**-3, 1.5])
     impatient = PenaltyWeight(torch.tensor([1.0, 1.0]))
-    impatient.update(torch.tensor([True, False]))
+    impatient.update(torch.tensor([True, False]), tried[:2])
     assert impatient.value.tolist() == pytest.approx([1.5, 1.5**-1.5])
+
+
+def test_a_step_without_an_image_to_try_a_pattern_on_does_not_count():
+    weight = PenaltyWeight(torch.tensor([1.0, 1.0]), patience=2)
+    for works, tried in (([True, False], True), ([False, False], False), ([True, False], True)):
+        weight.update(torch.tensor(works), torch.tensor([tried, tried]))
+    assert weight.value.tolist() == pytest.approx([1.5, 1.5**-1.5])  # two steps in a row, but for the one between

@@ -56,7 +56,7 @@ def add_method_option(add: Callable, methods: dict[str, dict], name: str, help_t
     methods_by_default = {}
     for method, default in defaults.items():
         methods_by_default.setdefault(_default_text(default), []).append(method)
-    note = ", ".join(" ".join([*names, text]).strip() for text, names in methods_by_default.items())
+    note = ", ".join(" ".join(names) + (text and f": {text}") for text, names in methods_by_default.items())
     settings = settings or _settings_for(next(iter(defaults.values())))
     add(f"--{name}", help=f"{help_text} [{note}]".strip(), **settings)
 

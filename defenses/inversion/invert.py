@@ -13,6 +13,7 @@ from defenses.inversion.objective import (
     HIT_RATE,
     PenaltyWeight,
     attackable_images,
+    attackable_parts,
     endless,
     hits_and_losses,
     is_hit,
@@ -186,10 +187,7 @@ def optimise_pattern(victim, stream, target, form, start, weight, steps, batches
         for _ in range(steps):
             hits, seen, sizes = (torch.zeros((), device=start.device) for _ in range(3))
             weight = penalty_weight.value.item()
-            for images, labels in itertools.islice(stream, batches_per_step):
-                images, labels = attackable_images(victim, images, labels, target)
-                if not len(images):
-                    continue
+            for images, labels in attackable_parts(victim, itertools.islice(stream, batches_per_step), target):
                 all_attackable = torch.ones(1, len(images), dtype=torch.bool, device=start.device)
                 with autocast(start.device, precision):
                     patterns, size = form.pattern(parameters), form.penalty(parameters).sum()
@@ -198,14 +196,14 @@ def optimise_pattern(victim, stream, target, form, start, weight, steps, batches
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                hits, seen, sizes = hits + hit.sum(), seen + len(images), sizes + size.detach()
-            hit_rate, size = (hits / seen).item(), (sizes / batches_per_step).item()
+                hits, seen, sizes = hits + hit.sum(), seen + len(images), sizes + len(images) * size.detach()
+            hit_rate, size = (hits / seen).item(), (sizes / seen).item()
 
             if hit_rate >= HIT_RATE and size < best_size:
                 found = InvertedTrigger(form.quantised(parameters.detach())[0], hit_rate)
                 if best is None or form.extent(found.pattern) < form.extent(best.pattern):
                     best, best_size = found, size
-            penalty_weight.update(torch.tensor([hit_rate >= HIT_RATE]))
+            penalty_weight.update(torch.tensor([hit_rate >= HIT_RATE]), torch.tensor([bool(seen)]))
             bar.update()
             bar.set_postfix(hit_rate=f"{hit_rate:.1%}", found=best and best.describe())
     return best

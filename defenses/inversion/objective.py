@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from defenses.inversion.patterns import apply_patterns
 
 ANY_OTHER = -1  # in place of a target label: any label but an image's own, as an all2all backdoor needs
+MICRO_BATCH = 16  # images an update: more updates for the same number of images find smaller patterns
 HIT_RATE = 0.9  # a pattern works if at least this fraction of the images is predicted as the target
 RAISE, LOWER = 1.5, 1.5**1.5  # factors of the penalty's weight (Tao et al., CVPR 2022)
 
@@ -34,6 +35,14 @@ def attackable_images(victim, images, labels, target):
     with torch.no_grad():
         attackable = victim(images).argmax(1) == labels if target == ANY_OTHER else labels != target
     return images[attackable], labels[attackable]
+
+
+def attackable_parts(victim, batches, target):
+    """The attackable images of each of the (images, labels) batches, and their labels, MICRO_BATCH at a time."""
+    for batch in batches:
+        images, labels = attackable_images(victim, *batch, target)
+        if len(images):
+            yield from zip(images.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True)
 
 
 def hits_and_losses(victim, images, labels, attackable, patterns, targets):
@@ -68,10 +77,10 @@ class PenaltyWeight:
         self.value, self.patience = start, patience
         self.working, self.failing = torch.zeros_like(start), torch.zeros_like(start)
 
-    def update(self, works: torch.Tensor) -> None:
-        """Count a step in which the patterns did or did not work, (P,) bool."""
-        self.working = torch.where(works, self.working + 1, 0)
-        self.failing = torch.where(works, 0, self.failing + 1)
+    def update(self, works: torch.Tensor, tried: torch.Tensor) -> None:
+        """Count a step in which the patterns did or did not work, or were not tried on any image; both (P,) bool."""
+        self.working = torch.where(tried, torch.where(works, self.working + 1, 0), self.working)
+        self.failing = torch.where(tried, torch.where(works, 0, self.failing + 1), self.failing)
         raised, lowered = self.working == self.patience, self.failing == self.patience
         self.value = torch.where(raised, self.value * RAISE, torch.where(lowered, self.value / LOWER, self.value))
         self.working[raised], self.failing[lowered] = 0, 0

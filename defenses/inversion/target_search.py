@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from defenses.inversion.invert import invert_trigger, pattern_logits
-from defenses.inversion.objective import ANY_OTHER, HIT_RATE, PenaltyWeight, endless, hits_and_losses
+from defenses.inversion.objective import ANY_OTHER, HIT_RATE, MICRO_BATCH, PenaltyWeight, endless, hits_and_losses
 from defenses.inversion.patterns import PixelForm, WarpForm, frequencies, waves
 from defenses.inversion.scores import MAX_FLOOR, LabelScore, anomaly_indices
 from utils.device import autocast
 from utils.progress import progress_bar
 
 STEPS = 50  # batches
-MICRO_BATCH = 16  # images an update: more updates for the same number of images find smaller patterns
 UNTARGETED_START = 0.3  # scale of ANY_OTHER's start: at 1 the noise alone turns every image
 # Of more than FULL_SEARCHES labels, the PROMISING ones with the smallest patterns are searched in full, and a sample of
 # the others to compare them with; all share the first steps, on half of the images. After 20 steps the target labels of
@@ -166,9 +165,10 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             rates.append(hits / attackable.sum(1).clamp(min=1))
             sizes.append(form.norm(form.pattern(parameters.detach())))
             works = rates[-1] >= HIT_RATE
-            weight.update(works)
+            tried = attackable.any(1)
+            weight.update(works, tried)
             # Negative p and q have no gradient: a pattern that was shrunk too far returns to where it last worked.
-            collapsed = ever_hit & (rates[-1] < HIT_RATE / 2)
+            collapsed = ever_hit & tried & (rates[-1] < HIT_RATE / 2)
             ever_hit |= works
             with torch.no_grad():
                 last_good[works], parameters[collapsed] = parameters[works], last_good[collapsed]
