@@ -30,7 +30,7 @@ from utils.datasets import MIRRORED
 from utils.device import keep_freed_memory, pick_device, pick_precision
 from utils.distributed import torchrun_processes
 from utils.errors import RunError, UserError, run_script
-from utils.files import announce_replacement, check_writable, remove_file, sha256_of
+from utils.files import announce_replacement, check_writable, refuse_to_replace, remove_file, sha256_of
 from utils.grid import deal_out, lock
 from utils.metrics import evaluate, make_monitor
 from utils.progress import Stopwatch
@@ -41,7 +41,7 @@ from utils.reporting.tables import metrics_table, published_rows, retuned_rows, 
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
 
-SAMPLE_IMAGES = 2_000  # of the test set, to measure the inverted trigger on
+SAMPLE_IMAGES = 1_000  # of the test set, to measure the inverted trigger on
 
 
 def main():
@@ -124,6 +124,8 @@ def compare(opt, explicit, processes):
     checkpoints = {path: read_checkpoint(path) for path in opt.model}  # an unreadable file ends the run now, not later
     runs, rows, failures = planned_runs(opt, name), {}, []
     planned = [(victim, run_options.defense) for victim, run_options in runs.values()]
+    outputs = [os.path.join(opt.checkpoint_root, f"{run_name}.tar") for run_name in runs]
+    refuse_to_replace([*opt.model, opt.retune_reference], outputs)
     if not opt.resume and processes.count == 1:
         announce_replacement(os.path.join(opt.log_root, name), "comparison.csv")
     if processes.count > 1:
@@ -230,7 +232,8 @@ def measure_inverted(models, triggers, batches) -> dict:
         for label, trigger in triggers.items()
     ]
     worst = max(rates, key=lambda rate: rate["after"], default=None)
-    return {"inverted_hit_rate": worst, "purified": is_purified(models.get("after"), triggers, batches)}
+    purified = is_purified(models.get("after"), models["before"], triggers, batches)
+    return {"inverted_hit_rate": worst, "purified": purified}
 
 
 def save_purified(path, results, model, metadata):
@@ -284,8 +287,9 @@ def check_output(opt, name):
     results, purified_path = os.path.join(opt.log_root, name), os.path.join(opt.checkpoint_root, f"{name}.tar")
     check_writable(results, "history.csv", "metrics.json", "report.html")
     check_writable(os.path.dirname(purified_path), os.path.basename(purified_path))
-    if os.path.realpath(purified_path) == os.path.realpath(opt.model):
-        raise UserError(f"the purified weights would replace the victim {opt.model}; choose another --name")
+    refuse_to_replace([opt.model, opt.retune_reference], [purified_path])
+    if os.path.exists(purified_path):
+        print(f"{purified_path} is replaced if this run purifies the model; keep it with another --name")
     announce_replacement(results, "metrics.json")
     return results, purified_path
 

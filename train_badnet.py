@@ -12,6 +12,7 @@ pictures, and report.html with all of them). Until then, results/<name>/resume.p
 """
 
 import os
+import shlex
 from functools import partial
 
 import torch
@@ -91,7 +92,8 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     model, metadata = new_network(opt, attack.num_class, batches.image_shape[1:], device)
     metadata |= {"dataset": opt.dataset, "image_size": batches.image_shape[1], "attack": attack.state()}
     network = processes.wrap(model)
-    state = run.read(poisoned, attack.tensors)
+    data = torch.cat([poisoned, batches.labels.cpu()])
+    state = run.read(data, attack.tensors)
     if state:
         load_weights(model, state["state_dict"], run.path, opt.arch)
     settings = {name: getattr(opt, name) for name in [*config.TRAINING, "precision"] if name != "batch_size"}
@@ -99,7 +101,7 @@ def train_victim(opt, attack, batches, monitor_set, poisoned, processes, device,
     if processes.is_main:
         log = open_tensorboard(os.path.dirname(run.path)) if opt.tensorboard else None
         settings["monitor"] = make_monitor(monitor_set, attack, opt.print_freq, log)
-        settings["save"] = partial(run.save, model, poisoned=poisoned, **metadata)
+        settings["save"] = partial(run.save, model, data=data, **metadata)
 
     def loss_of(images, labels):
         return F.cross_entropy(network(images), labels)
@@ -131,8 +133,10 @@ def load_surrogate(opt, num_class, size, device):
     if "surrogate" not in spec.build_options and not (spec.perturb and opt.inject_portion > 0):
         return None
     path = opt.surrogate or find_weights(opt.checkpoint_root, opt.dataset, "WRN-16-1-clean")
-    options = f"--dataset {opt.dataset}" + (f" --image_size {size[0]}" if opt.dataset in ("GTSRB", "folder") else "")
-    hint = f"train one: python train_badnet.py {options} --inject_portion 0 --name WRN-16-1-clean"
+    given = {"dataset": opt.dataset, "num_class": opt.num_class}
+    given |= {"data_root": opt.data_root, "image_size": size[0]} if opt.dataset in ("GTSRB", "folder") else {}
+    words = [str(word) for name, value in given.items() if value for word in (f"--{name}", value)]
+    hint = f"train one: python train_badnet.py {shlex.join(words)} --inject_portion 0 --name WRN-16-1-clean"
     return load_clean_model(path, num_class, get_normalization(opt), device, opt.arch, size, hint)
 
 

@@ -178,10 +178,7 @@ class Attack:
 
     def _draw_indices(self, labels, rng):
         """Draw the positions of the poisoned and of the cover images."""
-        if self.target_type == "cleanLabel":
-            candidates = (labels == self.target_label).nonzero()[:, 0]
-        else:
-            candidates = torch.arange(len(labels))
+        candidates = ((labels == self.target_label) | (self.target_type != "cleanLabel")).nonzero()[:, 0]
         total = len(candidates)
         count = int(self.inject_portion * total)
         if total == 0:
@@ -190,10 +187,8 @@ class Attack:
             raise UserError(f"--inject_portion {self.inject_portion} poisons none of {total} images; raise it")
         cover_count = int(self.training_options.get("noise_ratio", 0) * count)
         if count + cover_count > total:
-            raise UserError(
-                f"--inject_portion {self.inject_portion} leaves {total - count} of {total} images, too few for "
-                f"{cover_count} cover images; lower it or --noise_ratio"
-            )
+            left = f"leaves {total - count} of {total} images, too few for {cover_count} cover images"
+            raise UserError(f"--inject_portion {self.inject_portion} {left}; lower it or --noise_ratio")
         order = candidates[torch.randperm(total, generator=rng)]
         return order[:count], order[count : count + cover_count]
 
@@ -248,11 +243,7 @@ class Attack:
 
 def _in_chunks(function, images):
     """Apply a function to CHUNK_SIZE images at a time."""
-    result = torch.empty_like(images)
-    for start in range(0, len(images), CHUNK_SIZE):
-        chunk = slice(start, start + CHUNK_SIZE)
-        result[chunk] = function(images[chunk])
-    return result
+    return torch.cat([function(chunk) for chunk in images.split(CHUNK_SIZE)])
 
 
 def _check_options(trigger, expected, options):

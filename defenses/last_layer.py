@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from defenses.inversion import PatternApplier
+from defenses.inversion import ANY_OTHER, PatternApplier
 
-# Directions that the last layer is made blind to, and the fraction of the clean images that this may cost. Where
-# features are few, the target class needs these directions, too: they cost a WRN (64 features) 17 to 40 %.
-DIRECTIONS, MAX_COST = 4, 0.02
+# Directions that the last layer is made blind to, and the fractions of all clean images, and of the target class's,
+# that this may cost. Where features are few, that class needs them: they cost a WRN (64 features) 17 to 40 %.
+DIRECTIONS, MAX_COST, MAX_TARGET_COST = 4, 0.02, 0.5
 DIRECTION_IMAGES = 1_000  # clean images from which the directions are computed
 RELATIVE_ZERO = 1e-5  # shifts that are shorter, relative to the longest, are rounding errors
 
@@ -32,8 +32,8 @@ def trigger_directions(victim, patterns, batches, target) -> torch.Tensor:
     return directions[:DIRECTIONS][lengths[:DIRECTIONS] > RELATIVE_ZERO * lengths[:1]]
 
 
-def make_blind(model, directions, batches) -> bool:
-    """Make the last layer, in place, blind to directions in feature space, if few clean images need them (MAX_COST).
+def make_blind(model, directions, batches, target) -> bool:
+    """Make the last layer, in place, blind to directions in feature space, if clean images hardly need them.
 
     The rows of its weight are projected onto the complement: the null-space projection of Ravfogel et al. (ACL 2020).
 
@@ -41,21 +41,25 @@ def make_blind(model, directions, batches) -> bool:
         model: in eval mode.
         directions: (D', D), orthonormal.
         batches: clean (images, labels), to measure the cost on.
+        target: the label whose own images count, too, and must not be missing; or ANY_OTHER.
 
     Returns:
         whether the layer was changed; a weight that is computed from others (weight normalisation) is not.
     """
     if not isinstance(model.head.weight, torch.nn.Parameter):
         return False
-    weight, hits, seen = model.head.weight, torch.zeros(2, device=directions.device), 0
+    weight, hits, seen = model.head.weight, torch.zeros(2, 2, device=directions.device), 0
     with torch.no_grad():
         blind = weight - weight @ directions.T @ directions
         for images, labels in batches:
             features = model.features(images)
             logits = torch.stack([F.linear(features, rows, model.head.bias) for rows in (weight, blind)])
-            hits += (logits.argmax(2) == labels).sum(1)
+            correct = logits.argmax(2) == labels
+            hits += torch.stack([correct.sum(1), (correct & (labels == target)).sum(1)])
             seen += len(labels)
-        can_spare = bool(hits[0] - hits[1] <= MAX_COST * seen)
+        (all_before, all_after), (target_before, target_after) = hits.tolist()
+        keeps_target = target == ANY_OTHER or 0 < target_before * (1 - MAX_TARGET_COST) <= target_after
+        can_spare = keeps_target and all_before - all_after <= MAX_COST * seen
         if can_spare:
             weight.copy_(blind)
     return can_spare

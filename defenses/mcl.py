@@ -119,7 +119,7 @@ def defend(
         with context.clock("purify"):
             student, history = train_student_gently(context, positive_model, patterns, batches, trigger, **settings)
             directions = trigger_directions(context.victim, patterns, context.plain_batches, context.target)
-            make_blind(student, directions, context.train_batches)
+            make_blind(student, directions, context.train_batches, context.target)
             if calibration == "bias":
                 calibrate(student, patterns, context.plain_batches, context.target, variance=0.1 if has_few else 1.0)
         remaining = context.remaining_trigger(student, trigger, *budget) if rounds > 1 else None
@@ -201,10 +201,11 @@ def train_student_gently(context: DefenseContext, positive, patterns, batches, t
         lr, align_weight, options: as in train_student, which the other arguments are passed to as well.
     """
     student = history = None
+    means = context.victim, context.plain_batches, context.target
     for share in RATE_SHARES:
         settings = {"lr": share * lr, "align_weight": align_weight, **options}
         candidate, rows = train_student(context.victim, positive, patterns, batches, context.device, **settings)
-        if student is not None and trigger.excess_on(candidate, context.plain_batches, context.target) > 1 - HIT_RATE:
+        if student is not None and trigger.excess_on(candidate, *means) > 1 - HIT_RATE:
             break
         student, history = candidate, rows
         similarity = mean_cosine(student.features, positive.features, context.plain_batches)

@@ -110,6 +110,8 @@ def purify(
         raise UserError(f"the model cannot be copied: {error}; run it once under torch.no_grad() before") from None
     num_class = victim.find_head(type(model).__name__, None, tuple(data.images.shape[1:3]))
     victim.eval().requires_grad_(False)
+    if num_class == 1:
+        raise UserError("the model has one logit, but a classifier needs one for each of its labels")
     if int(data.labels.max()) >= num_class:
         raise UserError(f"label {int(data.labels.max())} is not one of the model's labels 0..{num_class - 1}")
     augment = recipe["augment"] == "crop_flip"
@@ -129,7 +131,7 @@ def purify(
     )
     student, history, triggers = remove_backdoors(defense, context, recipe, search, num_class)
     batches = Batches(data, 125, device)
-    purified = is_purified(student, triggers, batches)
+    purified = is_purified(student, victim, triggers, batches)
     models = {"before": victim, "after": student}
     accuracy = {name: percent(predict(classifier, batches) == data.labels) for name, classifier in models.items()}
     for trained, own in zip(student.network.parameters(), model.parameters(), strict=True):
@@ -141,9 +143,9 @@ def purify(
     return PurifyResult(model, target, scores, trigger, purified, accuracy, history)
 
 
-def is_purified(student, triggers: dict, batches) -> bool | None:
+def is_purified(student, victim, triggers: dict, batches) -> bool | None:
     """Whether no inverted trigger (label -> trigger) works on clean images any more; None if there is none."""
-    excesses = [trigger.excess_on(student, batches, label) for label, trigger in triggers.items()]
+    excesses = [trigger.excess_on(student, victim, batches, label) for label, trigger in triggers.items()]
     return max(excesses) <= 1 - HIT_RATE if excesses else None
 
 

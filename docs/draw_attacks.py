@@ -7,7 +7,6 @@ is in training images only. An attack that needs a clean model is left out if th
 """
 
 import sys
-from dataclasses import replace
 
 import torch
 
@@ -29,9 +28,11 @@ def main():
         raise UserError("name the file of the sheet: python -m docs.draw_attacks triggers.png")
     rows, data = {}, None
     for trigger in config.ATTACKS:
-        opt, _ = config.parse("train_badnet.py", [*sys.argv[2:], "--trigger_type", trigger])
+        opt, _ = config.parse("train_badnet.py", [*sys.argv[2:], "--trigger_type", trigger, "--inject_portion", "1"])
         data = data or load_images(opt, "train")
         images = data.images[data.labels == opt.target_label][:IMAGES]
+        if len(images) < IMAGES:
+            raise UserError(f"{IMAGES} images of label {opt.target_label} are needed; choose another --target_label")
         try:
             rows[trigger] = (images, apply_attack(opt, data, images))
         except UserError as error:
@@ -49,7 +50,7 @@ def apply_attack(opt, data, images):
     if not TRIGGERS[opt.trigger_type].perturb:
         return attack.stamp(images)
     labels = torch.full((len(images),), opt.target_label)
-    return replace(attack, inject_portion=1.0).poison(images, labels, generator(0, "sheet"), surrogate)[0]
+    return attack.poison(images, labels, generator(0, "sheet"), surrogate)[0]
 
 
 def draw_sheet(path, rows):

@@ -182,25 +182,19 @@ def summary_row(row) -> dict:
 def print_summary(rows):
     """What the search said of victims and of clean networks, and what the defense left, for each half that has rows."""
     for half in sorted({row["name"].split("-")[0] for row in rows}):
-        clean, planted, half_learned, right, purified, removed = [], [], 0, 0, 0, 0
-        for row in (row for row in rows if row["name"].startswith(half)):
-            rates = dict(pair.split(":") for pair in row["backdoors"].split())
-            if row["asr_after"]:
-                purified += 1
-                removed += float(row["asr_after"]) <= max(3, float(row["floor_after"]) + 1)
-            if not rates:
-                clean.append(row)
-            elif max(map(float, rates.values())) < WORKING:
-                half_learned += 1
-            else:
-                planted.append(row)
-                right += float(rates.get(str(row["found"]), 0)) >= WORKING
+        own = [row for row in rows if row["name"].startswith(half)]
+        rates = {row["name"]: dict(pair.split(":") for pair in row["backdoors"].split()) for row in own}
+        clean = [row for row in own if not rates[row["name"]]]
+        planted = [row for row in own if max(map(float, rates[row["name"]].values()), default=0) >= WORKING]
+        right = sum(float(rates[row["name"]].get(str(row["found"]), 0)) >= WORKING for row in planted)
+        purified = [row for row in own if row["asr_after"]]
+        removed = sum(float(row["asr_after"]) <= max(3, float(row["floor_after"]) + 1) for row in purified)
         pairs = [(float(a["size"] or 100), float(b["size"] or 100)) for a in planted for b in clean]
         area = sum((a < b) + (a == b) / 2 for a, b in pairs) / max(len(pairs), 1)
         print(f"{half}: label found in {right} of {len(planted)} victims with an ASR of {WORKING} % or more")
-        alarms = f"{sum(row['found'] != '' for row in clean)} of {len(clean)} clean networks flagged"
-        print(f"({half_learned} have less), {alarms}; ROC area of the smallest size {area:.3f};")
-        print(f"of {purified} purified victims, {removed} with an ASR of at most 3 % or 1 above the floor")
+        alarms, weaker = sum(row["found"] != "" for row in clean), len(own) - len(clean) - len(planted)
+        print(f"({weaker} have less), {alarms} of {len(clean)} clean networks flagged; ROC area of sizes {area:.3f};")
+        print(f"of {len(purified)} purified victims, {removed} with an ASR of at most 3 % or 1 above the floor")
 
 
 def main():

@@ -16,6 +16,7 @@ from itertools import chain, product
 from typing import ClassVar
 
 import config
+from attacks import UnknownAttack
 from data_loader import get_clean_split, get_eval_set, load_images, sample_positions
 from defenses import DefenseContext
 from defenses.inversion import ANY_OTHER
@@ -59,7 +60,7 @@ def settings_of(defense: str) -> list[dict]:
 
 def best_of(rows: list[dict]) -> dict:
     """The row of highest ACC among those without a backdoor, or else the row of lowest ASR."""
-    gone = [row for row in rows if not is_backdoored(row)]
+    gone = [row for row in rows if is_backdoored(row) is False]
     return max(gone, key=lambda row: row["acc"]) if gone else min(rows, key=lambda row: row["asr"])
 
 
@@ -69,14 +70,15 @@ def main():
     table, (opt, explicit) = sys.argv[1], config.parse("main.py", sys.argv[2:])
     device, names, rows = pick_device(opt.device), listed(opt.defense), read_rows(table)
     data, test = load_images(opt, "train"), load_images(opt, "test")
-    if not opt.model:
-        raise UserError("name the victim: --model FILE")
+    if len(opt.model or []) != 1 or opt.seeds or "none" in names:
+        raise UserError("name one victim, --model FILE, at most one --seed, and defenses to tune")
     of_run = partial(config.single_run_options, opt, model=opt.model[0])
-    victim, attack, _, _ = load_victim(of_run(defense=names[0]), explicit, test, device)
+    trial = of_run(defense=max(names, key=lambda name: "target" in config.DEFENSES[name]))  # its target is checked
+    victim, attack, _, _ = load_victim(trial, explicit, test, device)
+    if trial.target == "auto" or isinstance(attack, UnknownAttack):
+        raise UserError("state the attack to measure, --trigger_type, and the --target of mcl, nc and pam")
     for setting in chain.from_iterable(map(settings_of, names)):
         trial = of_run(**setting)
-        if trial.target == "auto":
-            raise UserError(f"{trial.defense} needs a --target")
         key = {part: str(value) for part, value in setting.items()}
         if not any(key.items() <= row.items() for row in rows):
             rows += try_setting(trial, victim, attack, data, device)

@@ -30,6 +30,7 @@ def main():
     num_class, rate = len(data.classes), opt.inject_portion
     picture = torch.zeros(*data.size, 4, dtype=torch.uint8)
     picture[1:6, 1:6] = torch.tensor([255, 0, 0, 255], dtype=torch.uint8)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     Image.fromarray(picture.numpy()).save(f"{os.path.splitext(path)[0]}.png")
 
     block = Attack("imageTrigger", "all2one", 2, num_class, rate, tensors={"picture": picture})

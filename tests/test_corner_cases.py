@@ -46,9 +46,11 @@ def test_errors_that_need_no_trigger_do_not_count_as_the_backdoor(threshold, exp
     images, pattern = torch.zeros(20, 3, 4, 4), torch.zeros(3, 4, 4)
     images[:6, 0, 0, 0], pattern[0, -1, -1] = 1.0, 1.0  # 6 of 20 images of label 0 are taken for label 1 anyway
     batches, trigger = FixedBatches([(images, torch.zeros(20, dtype=torch.int64))]), InvertedTrigger(pattern, 1.0)
-    assert trigger.excess_on(Erring(threshold), batches, 1) == pytest.approx(0.0 if expected else 0.7)
-    assert is_purified(Erring(threshold), {1: trigger}, batches) is expected
-    assert is_purified(Erring(threshold), {}, batches) is None
+    assert trigger.excess_on(Erring(threshold), Erring(1.0), batches, 1) == pytest.approx(0.0 if expected else 0.7)
+    assert is_purified(Erring(threshold), Erring(1.0), {1: trigger}, batches) is expected
+    assert is_purified(Erring(threshold), Erring(1.0), {}, batches) is None
+    always = Erring(-1.0)  # predicts 1 for every image, with the trigger or without
+    assert is_purified(always, Erring(1.0), {1: trigger}, batches) is False
 
 
 def test_a_model_that_always_predicts_one_class_is_weak_and_not_backdoored():

@@ -8,7 +8,7 @@ from conftest import state_vector
 from test_mcl import ONE_STEP, RECIPE
 
 from defenses import last_layer, mcl
-from defenses.inversion import apply_patterns
+from defenses.inversion import ANY_OTHER, apply_patterns
 from defenses.last_layer import calibrate, make_blind, trigger_directions
 
 
@@ -57,10 +57,20 @@ def test_the_layer_is_made_blind_where_the_clean_images_can_spare_it(cost, blind
     labels = torch.tensor([0, 0, 1, 1])  # two of four are wrong then
     model, images = FixedFeatures(weight), features[:, :, None, None]
     halves = [(images[:2], labels[:2]), (images[2:], labels[2:])]
-    assert make_blind(model, torch.eye(3)[:2], halves) is blind
+    assert make_blind(model, torch.eye(3)[:2], halves, ANY_OTHER) is blind
     expected = torch.tensor(weight)
     expected[:, :2] *= not blind
     assert torch.equal(model.head.weight, expected)
+
+
+@pytest.mark.parametrize(("others", "target", "blind"), [(98, 1, False), (98, ANY_OTHER, True), (98, 2, False)])
+def test_a_blind_layer_still_knows_the_target_class(others, target, blind):
+    # The first feature is the target's alone: without it, its two images of 100 are lost. No image is of label 2.
+    weight = [[0.0, 1.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    features = torch.tensor([[1.0, 0.5, 0.0]] * 2 + [[0.0, 1.0, 0.0]] * others)
+    labels = torch.tensor([1] * 2 + [0] * others)
+    model = FixedFeatures(weight)
+    assert make_blind(model, torch.eye(3)[:1], [(features[:, :, None, None], labels)], target) is blind
 
 
 def test_a_blind_layer_does_not_see_the_trigger(victim, batches, trigger, monkeypatch):
@@ -68,7 +78,7 @@ def test_a_blind_layer_does_not_see_the_trigger(victim, batches, trigger, monkey
     monkeypatch.setattr(last_layer, "DIRECTIONS", 64)
     model, images = copy.deepcopy(victim), torch.cat([images for images, _ in batches])
     assert not torch.allclose(model(apply_patterns(images, trigger.patterns)), model(images), atol=1e-4)
-    make_blind(model, trigger_directions(victim, trigger.patterns, batches, -1), batches)
+    make_blind(model, trigger_directions(victim, trigger.patterns, batches, ANY_OTHER), batches, ANY_OTHER)
     assert torch.allclose(model(apply_patterns(images, trigger.patterns)), model(images), atol=1e-4)
     model.head.weight.copy_(victim.head.weight)
     assert torch.equal(state_vector(model), state_vector(victim))  # nothing else has changed
@@ -76,13 +86,14 @@ def test_a_blind_layer_does_not_see_the_trigger(victim, batches, trigger, monkey
 
 def test_the_student_is_made_blind_to_the_victims_directions(make_context, victim, batches, trigger, monkeypatch):
     monkeypatch.setattr(last_layer, "MAX_COST", 1.0)
-    directions = trigger_directions(victim, trigger.patterns, batches, 1)
-    blind = mcl.defend(make_context(augmented=False), **{**RECIPE, **ONE_STEP}).student
+    directions = trigger_directions(victim, trigger.patterns, batches, ANY_OTHER)
+    context = make_context(augmented=False, target=ANY_OTHER)  # the untrained victim knows no image of a target class
+    blind = mcl.defend(context, **{**RECIPE, **ONE_STEP}).student
     assert len(directions) == last_layer.DIRECTIONS
     assert torch.allclose(blind.head.weight @ directions.T, torch.zeros(3, len(directions)), atol=1e-5)
     monkeypatch.setattr(last_layer, "MAX_COST", 0.0)
     monkeypatch.setattr(last_layer, "DIRECTIONS", 0)
-    sighted = mcl.defend(make_context(augmented=False), **{**RECIPE, **ONE_STEP}).student
+    sighted = mcl.defend(context, **{**RECIPE, **ONE_STEP}).student
     assert not torch.allclose(sighted.head.weight @ directions.T, torch.zeros(3, len(directions)), atol=1e-3)
 
 

@@ -169,7 +169,7 @@ def test_the_rate_falls_until_clean_features_stay(
     assert [args for args, _ in used] == [(context.victim, positive, "patterns", "batches", CPU)] * trained
     assert [settings for _, settings in used] == [{**options, "lr": pytest.approx(0.9 / 3**i)} for i in range(trained)]
     assert compared[-1] == (students[returned].features, positive.features, batches[1:])
-    assert tried == [(student, batches[1:], 1) for student in students[1:trained]]
+    assert tried == [(student, context.victim, batches[1:], 1) for student in students[1:trained]]
     assert (cosines, rates_on) == ([], [])
 
 

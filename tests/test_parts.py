@@ -95,12 +95,12 @@ def test_each_part_has_its_own_number_of_rounds(batches, monkeypatch):
 def test_a_trigger_works_if_a_part_of_it_works(batches):
     victim, rising = EitherPixelVictim([(1, 1)]), torch.zeros(3, 6, 6)
     rising[0, 1, 1], rising[1, 1, 1] = 1, -1
-    alone, excess = InvertedTrigger(rising, 1.0), InvertedTrigger(rising, 1.0).excess_on(victim, batches, 1)
+    alone, excess = InvertedTrigger(rising, 1.0), InvertedTrigger(rising, 1.0).excess_on(victim, victim, batches, 1)
     assert alone.rate_on(victim, batches, 1) == 1 > excess > 0.5
     for parts in ([rising], [rising, -rising], [-rising, rising]):
         trigger = InvertedTrigger(-rising, 1.0, parts=parts)
         assert trigger.rate_on(victim, batches, 1) == 1
-        assert trigger.excess_on(victim, batches, 1) == excess
+        assert trigger.excess_on(victim, victim, batches, 1) == excess
     assert InvertedTrigger(-rising, 1.0, parts=[-rising]).rate_on(victim, batches, 1) == 0
 
 

@@ -60,6 +60,9 @@ def test_features_have_length_one_and_keep_the_order():
     batches += [(torch.tensor([[float("nan"), 2.0], [float("inf"), 0.0]]), None)]
     expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     assert torch.allclose(feature_map.features_of(model, batches), expected)
+    single = feature_map.features_of(model, [(torch.tensor([[3.0], [-2.0], [0.0]]), None)])
+    assert single.tolist() == [[1, 0], [-1, 0], [0, 0]]
+    assert feature_map.Plane.of(single).project(single).shape == (3, 2)
 
 
 def test_a_change_is_mid_grey_where_it_is_zero_and_states_its_amplification():

@@ -154,7 +154,8 @@ class CountingTrigger:
     def __init__(self, rate):
         self.rate, self.measured = rate, []
 
-    def excess_on(self, model, batches, label):
+    def excess_on(self, model, victim, batches, label):
+        assert victim is not model
         self.measured.append((model, torch.cat([labels for _, labels in batches]).tolist(), label))
         return self.rate
 

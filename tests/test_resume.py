@@ -190,26 +190,26 @@ def test_the_state_of_another_training_is_refused():
 
 
 def test_a_run_resumes_from_its_own_state_only(tmp_path, capsys):
-    options, poisoned, model = {"lr": 0.1, "seed": 1, "name": "a"}, torch.arange(3), select_model("WRN-10-1", 4)
+    options, data, model = {"lr": 0.1, "seed": 1, "name": "a"}, torch.arange(3), select_model("WRN-10-1", 4)
     folder = str(tmp_path)
     tensors = {"picture": torch.arange(4)}
-    assert Resumable(folder, options, True).read(poisoned, tensors) is None
+    assert Resumable(folder, options, True).read(data, tensors) is None
     assert "starting from epoch 1" in capsys.readouterr().out
     metadata = {**METADATA, "attack": {"tensors": tensors}}
-    Resumable(folder, options, False).save(model, {"history": []}, poisoned, **metadata)
-    assert Resumable(folder, {**options, "name": "b"}, True).read(poisoned, tensors)["training"] == {"history": []}
-    assert Resumable(folder, options, False).read(poisoned, tensors) is None
+    Resumable(folder, options, False).save(model, {"history": []}, data, **metadata)
+    assert Resumable(folder, {**options, "name": "b"}, True).read(data, tensors)["training"] == {"history": []}
+    assert Resumable(folder, options, False).read(data, tensors) is None
     assert "--resume continues that run" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"a run with --lr 0.1 \(not 0.2\), --seed 1 \(not 2\)"):
-        Resumable(folder, {"lr": 0.2, "seed": 2}, True).read(poisoned, tensors)
+        Resumable(folder, {"lr": 0.2, "seed": 2}, True).read(data, tensors)
     with pytest.raises(UserError, match="other data"):
         Resumable(folder, options, True).read(torch.arange(4), tensors)
     for other in ({}, {"picture": torch.arange(1, 5)}, {"picture": torch.arange(3)}, {"warp": torch.arange(4)}):
         with pytest.raises(UserError, match="another trigger"):
-            Resumable(folder, options, True).read(poisoned, other)
+            Resumable(folder, options, True).read(data, other)
     save_checkpoint(str(tmp_path / "resume.pt"), model)
     with pytest.raises(UserError, match="not the state of a training"):
-        Resumable(folder, options, True).read(poisoned, tensors)
+        Resumable(folder, options, True).read(data, tensors)
     Resumable(folder, options, True).end()
     write_json(str(tmp_path / "metrics.json"), {"config": options})
     assert Resumable(folder, options, True).finished()

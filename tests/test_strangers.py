@@ -161,7 +161,7 @@ def test_a_weight_that_is_computed_from_others_is_neither_made_blind_nor_redrawn
     model.find_head("Flat", 3, (8, 8))
     before = network.fc.weight.clone()
     with torch.no_grad():
-        assert make_blind(model, torch.eye(448)[:1], [(IMAGES, LABELS)]) is False
+        assert make_blind(model, torch.eye(448)[:1], [(IMAGES, LABELS)], 1) is False
     assert torch.equal(network.fc.weight, before)
     with pytest.raises(UserError, match="fst redraws the last layer's weight"):
         purify(network, IMAGES, LABELS, defense="fst", **QUICK)

@@ -1,5 +1,6 @@
 """docs/tune_defenses.py: the same number of settings for each defense, and the best of them."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -31,6 +32,23 @@ def test_the_best_has_the_highest_acc_of_those_without_a_backdoor():
     rows = [{"acc": acc, "asr": asr, "floor": 2.0} for acc, asr in ((90, 3.1), (80, 3.0), (85, 2.5), (70, 0.5))]
     assert best_of(rows)["acc"] == 85
     assert best_of(rows[:1] + [{"acc": 95, "asr": 9.0, "floor": 2.0}])["acc"] == 90
+    assert best_of([*rows, {"acc": 95, "asr": math.nan, "floor": math.nan}])["acc"] == 85
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--model", VICTIM, VICTIM], "name one victim"),
+        (["--model", VICTIM, "--seeds", "1", "2"], "at most one --seed"),
+        (["--model", VICTIM, "--defense", "none"], "defenses to tune"),
+        (["--model", VICTIM, "--defense", "ft", "nc", "--target", "10"], "--target 10 is not one of the labels 0..9"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said_before_the_first_setting(words, error, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_defenses, "run_defense", None)
+    monkeypatch.setattr(sys, "argv", ["tune_defenses", str(tmp_path / "t.csv"), "--dataset", "shapes", *words])
+    with pytest.raises(UserError, match=error):
+        tune_defenses.main()
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
@@ -66,7 +84,7 @@ def test_settings_are_run_once_and_those_that_fail_leave_no_row(tmp_path, monkey
     monkeypatch.setattr(tune_defenses, "evaluate", lambda *_, **__: {"acc": 70.0} | MEASURED_RATES)
     words = ["--dataset", "shapes", "--clean", "20", "--model", VICTIM, "--device", "cpu", "--defense", "nc", "ibau"]
     monkeypatch.setattr(sys, "argv", ["tune_defenses", table, *words])
-    with pytest.raises(UserError, match="nc needs a --target"):
+    with pytest.raises(UserError, match="the --target of mcl, nc and pam"):
         tune_defenses.main()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--target", "any", "--precision", "bf16"])
     for _ in range(2):

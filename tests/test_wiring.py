@@ -55,7 +55,7 @@ def test_what_each_step_is_given_and_in_which_order(make_context, victim, batche
         ("mirror_similarity", victim, plain),
         ("invert", 4, 5, 6, "bf16"),
         ("trigger_directions", victim, patterns, plain, 1),
-        ("make_blind", student, "directions", train),
+        ("make_blind", student, "directions", train, 1),
         ("calibrate", student, patterns, plain, 1, {"variance": 1.0}),
     ]
 
@@ -146,7 +146,9 @@ def test_the_worst_of_several_triggers_is_reported():
         def rate_on(self, model, batches, label):
             return model[label]
 
-        excess_on = rate_on
+        def excess_on(self, model, victim, batches, label):
+            assert victim is models["before"]
+            return model[label]
 
     models = {"before": {1: 1.0, 2: 0.75}, "after": {1: 0.0, 2: 0.5}}
     expected = {"inverted_hit_rate": {"before": 75.0, "after": 50.0}, "purified": False}
@@ -251,7 +253,7 @@ def test_the_biases_count_in_what_blindness_costs(monkeypatch):
     model = FixedFeatures([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
     model.head.bias.data = torch.tensor([0.0, 1.0])
     images = torch.tensor([[-1.0, 0.0, 0.0]] * 4)[:, :, None, None]
-    assert make_blind(model, torch.eye(3)[:1], [(images, torch.ones(4, dtype=torch.int64))]) is True
+    assert make_blind(model, torch.eye(3)[:1], [(images, torch.ones(4, dtype=torch.int64))], 1) is True
 
 
 def test_a_student_is_inverted_on_images_without_augmentation(make_context, victim, batches, trigger, monkeypatch):

@@ -16,12 +16,9 @@ STATE_DICT_KEYS = ("state_dict", "model", "net")  # where public code stores the
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 # Blocks of the four stages of a ResNet, and whether they have a third convolution -> its name in torchvision.
 RESNETS = {
-    (2, 2, 2, 2, False): "resnet18",
-    (3, 4, 6, 3, False): "resnet34",
-    (3, 4, 6, 3, True): "resnet50",
-    (3, 4, 23, 3, True): "resnet101",
-    (3, 8, 36, 3, True): "resnet152",
-}
+    (2, 2, 2, 2, False): "resnet18", (3, 4, 6, 3, False): "resnet34", (3, 4, 6, 3, True): "resnet50",
+    (3, 4, 23, 3, True): "resnet101", (3, 8, 36, 3, True): "resnet152",
+}  # fmt: skip
 # Data set in attack_result.pt of BackdoorBench -> the normalisation of its get_dataset_normalization.
 BACKDOORBENCH = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),

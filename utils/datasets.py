@@ -88,10 +88,8 @@ def _read_gtsrb(split, root, image_size):
     dataset = _load_torchvision("GTSRB", root, split=split, transform=_resize(image_size))
     if len(dataset) != GTSRB_IMAGES[split]:  # torchvision accepts a partly downloaded folder
         folder = os.path.join(root, "gtsrb")
-        raise UserError(
-            f"{folder} has {len(dataset):,} of GTSRB's {GTSRB_IMAGES[split]:,} {split} images, probably from an "
-            f"interrupted download; remove {folder} and start again"
-        )
+        found = f"{len(dataset):,} of GTSRB's {GTSRB_IMAGES[split]:,} {split} images"
+        raise UserError(f"{folder} has {found}, probably from an interrupted download; remove {folder} and start again")
     return ImageSet(*_decode(dataset, image_size), [str(label) for label in range(43)])
 
 

@@ -78,6 +78,12 @@ def check_writable(folder: str, *files: str) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
+def refuse_to_replace(models, outputs) -> None:
+    """Raise a UserError if one of the paths to write is that of a model to read (None: no model)."""
+    for path in {os.path.realpath(path) for path in outputs} & {os.path.realpath(path) for path in models if path}:
+        raise UserError(f"the purified weights would replace the model {path}; choose another --name")
+
+
 def announce_replacement(folder: str, file: str) -> None:
     """Say so if `file` of an earlier run is in the results folder."""
     if os.path.exists(os.path.join(folder, file)):

@@ -47,11 +47,11 @@ class Resumable:
             return False
         return True
 
-    def read(self, poisoned: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict | None:
+    def read(self, data: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict | None:
         """Read the checkpoint to resume from.
 
         Args:
-            poisoned: (n,) indices of the poisoned training images; must equal those of the interrupted run.
+            data: (n + N,) indices of the n poisoned training images, and all labels; as in the interrupted run.
             tensors: of the attack, its picture, patch or warp; likewise.
 
         Returns:
@@ -68,11 +68,11 @@ class Resumable:
             print(f"{self.path} of an interrupted run is replaced after the first epoch; --resume continues that run")
             return None
         state = read_checkpoint(self.path)
-        types = {"options": dict, "training": dict, "poisoned": torch.Tensor, "attack": dict}
+        types = {"options": dict, "training": dict, "data": torch.Tensor, "attack": dict}
         if not all(isinstance(state.get(name), expected) for name, expected in types.items()):
             raise UserError(f"{self.path} is not the state of a training; start anew without --resume")
         self._check(state["options"], self.path)
-        if not torch.equal(state["poisoned"], poisoned):
+        if not torch.equal(state["data"], data):
             raise UserError(f"{self.path} was written with other data than that in --data_root")
         if not _is_same(state["attack"].get("tensors"), tensors):
             raise UserError(f"{self.path} was written with another trigger; start anew without --resume")
@@ -80,9 +80,9 @@ class Resumable:
         self._set_recovery_hint()
         return state
 
-    def save(self, model, training: dict, poisoned: torch.Tensor, **metadata) -> None:
+    def save(self, model, training: dict, data: torch.Tensor, **metadata) -> None:
         """Write the state after an epoch: a checkpoint that main.py can read, with the state of the training."""
-        save_checkpoint(self.path, model, **metadata, options=self.options, poisoned=poisoned, training=training)
+        save_checkpoint(self.path, model, **metadata, options=self.options, data=data, training=training)
         self._set_recovery_hint()
 
     def end(self) -> None:

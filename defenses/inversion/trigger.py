@@ -66,10 +66,10 @@ class InvertedTrigger:
                 count += len(images)
         return hits.max().item() / max(count, 1)
 
-    def excess_on(self, model, batches, target) -> float:
-        """rate_on, less the rate of the same images without the pattern: errors that no trigger causes."""
+    def excess_on(self, model, victim, batches, target) -> float:
+        """rate_on, less the victim's rate of the same images without the pattern: errors that no trigger causes."""
         nothing = replace(self, pattern=torch.zeros_like(self.pattern), parts=())
-        return self.rate_on(model, batches, target) - nothing.rate_on(model, batches, target)
+        return self.rate_on(model, batches, target) - nothing.rate_on(victim, batches, target)
 
     def apply(self, image: torch.Tensor) -> torch.Tensor:
         """A (3, H, W) image in [0, 1] with the pattern on it."""

@@ -27,10 +27,11 @@ GROUPS = {  # the images of the legend, and how to mark them
 
 
 def features_of(model, batches) -> torch.Tensor:
-    """g(x) of every image, scaled to length 1: (N, D) on the CPU; values that are not finite count as 0."""
+    """g(x) of every image, scaled to length 1: (N, D), D >= 2, on the CPU; values that are not finite count as 0."""
     model.eval()
     with torch.inference_mode():
         features = torch.cat([model.features(images).cpu() for images, _ in batches])
+        features = F.pad(features, (0, max(0, 2 - features.shape[1])))  # a map of a single feature is a line
         return F.normalize(features.nan_to_num(0, 0, 0))
 
 

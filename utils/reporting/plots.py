@@ -14,11 +14,8 @@ SAMPLE_SIZE = 700  # images on the feature map, and as many triggered ones; more
 MAX_CLASSES = 50  # rows that are readable on one picture
 NAME_LENGTH = 28
 LINES = {  # metric -> the colour of the images that it is measured on, marker and line
-    "acc": (CLEAN, "o-"),
-    "acc_published": (CLEAN, "s--"),
-    "ra": (TRIGGERED, "^--"),
-    "asr": (TRIGGERED, "o-"),
-}
+    "acc": (CLEAN, "o-"), "acc_published": (CLEAN, "s--"), "ra": (TRIGGERED, "^--"), "asr": (TRIGGERED, "o-"),
+}  # fmt: skip
 
 
 def draw_run(folder, classes, sample, attack, models, metrics, history, trigger=None) -> list[Picture]:
