@@ -137,7 +137,7 @@ def test_few_images_move_the_biases_less(make_context, batches, trigger, count, 
         ([0.98], [], 1.0, 1, 0),  # close enough at the full rate
         ([0.97, 0.98], [0.0], 1.0, 2, 1),  # at a third
         ([0.5, 0.97, 0.9], [0.0, 0.05], 1.0, 3, 2),  # never: the last one
-        ([0.97], [0.2], 1.0, 2, 0),  # the trigger still works at a third
+        ([0.97], [0.11], 1.0, 2, 0),  # the trigger still works at a third
         ([0.97, 0.97], [0.0, 0.2], 1.0, 3, 1),
         ([0.5], [], 0.0, 1, 0),  # nothing holds the features
     ],

@@ -15,12 +15,12 @@ from test_training import Scalar, run
 
 import config
 import main
-from attacks import Attack, build_attack
+from attacks import Attack, build_attack, label_consistent
 from attacks.blended import blend_picture
 from attacks.label_consistent import adversarial_noise
 from data_loader import CleanSplit, DatasetCL, get_clean_split
 from defenses import DefenseContext, DefenseResult, base, ibau, last_layer, mcl, nc, purify, remove_backdoors
-from defenses.inversion import InvertedTrigger, PatternApplier, shifted_patterns
+from defenses.inversion import InvertedTrigger, PatternApplier, objective, shifted_patterns
 from defenses.inversion import invert as invert_module
 from defenses.inversion.invert import find_waves
 from defenses.inversion.patterns import frequencies, waves
@@ -274,6 +274,7 @@ def test_the_first_round_has_the_lighter_penalty(batches, victim, monkeypatch):
 def test_the_limits_that_were_chosen_by_measurements():
     assert (mcl.CLEAN_SIMILARITY, mcl.MIRROR_SIMILARITY, mcl.MAX_GRADIENT) == (0.98, 0.8, 0.05)
     assert (last_layer.DIRECTIONS, last_layer.MAX_COST) == (4, 0.02)
+    assert (base.REMAINING_ROUNDS, label_consistent.STEPS, objective.MICRO_BATCH) == (2, 100, 16)
     assert (base.MAX_REMAINING, invert_module.MAX_PATCH, invert_module.MAX_WARP) == (0.05, 0.03, 0.02)
     assert (1 - purify_module.HIT_RATE, purify_module.MIN_MOMENTUM) == (pytest.approx(0.1), 0.1)
     assert (invert_module.MAX_PARTS, invert_module.MAX_PART, invert_module.PART_ROUNDS) == (3, 0.01, 2)
