@@ -42,7 +42,7 @@ def test_only_the_label_of_a_working_backdoor_counts_as_found(capsys):
     print_summary(rows)
     text = " ".join(capsys.readouterr().out.split())
     assert "report: label found in 2 of 3 victims with an ASR of 90.0 % or more (2 have less), 1 of 2 clean" in text
-    assert "; ROC area of the smallest size 0.833; of 3 purified victims, 2 with an ASR of at most 3 %" in text
+    assert "; ROC area of sizes 0.833; of 3 purified victims, 2 with an ASR of at most 3 %" in text
 
 
 @pytest.mark.parametrize(("of_range", "count"), [(0.0145, 0), (0.0146, 1), (0.0217, 9), (0.5, len(CLEAN_SIZES))])
