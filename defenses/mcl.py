@@ -201,11 +201,11 @@ def train_student_gently(context: DefenseContext, positive, patterns, batches, t
         lr, align_weight, options: as in train_student, which the other arguments are passed to as well.
     """
     student = history = None
-    means = context.victim, context.plain_batches, context.target
+    judged_on = context.victim, context.plain_batches, context.target
     for share in RATE_SHARES:
         settings = {"lr": share * lr, "align_weight": align_weight, **options}
         candidate, rows = train_student(context.victim, positive, patterns, batches, context.device, **settings)
-        if student is not None and trigger.excess_on(candidate, *means) > 1 - HIT_RATE:
+        if student is not None and trigger.excess_on(candidate, *judged_on) > 1 - HIT_RATE:
             break
         student, history = candidate, rows
         similarity = mean_cosine(student.features, positive.features, context.plain_batches)

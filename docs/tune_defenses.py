@@ -73,15 +73,14 @@ def main():
     if len(opt.model or []) != 1 or opt.seeds or "none" in names:
         raise UserError("name one victim, --model FILE, at most one --seed, and defenses to tune")
     of_run = partial(config.single_run_options, opt, model=opt.model[0])
-    trial = of_run(defense=max(names, key=lambda name: "target" in config.DEFENSES[name]))  # its target is checked
+    trial = of_run(defense=max(names, key=lambda name: "target" in config.DEFENSES[name]))  # to check its target, too
     victim, attack, _, _ = load_victim(trial, explicit, test, device)
     if trial.target == "auto" or isinstance(attack, UnknownAttack):
         raise UserError("state the attack to measure, --trigger_type, and the --target of mcl, nc and pam")
     for setting in chain.from_iterable(map(settings_of, names)):
-        trial = of_run(**setting)
         key = {part: str(value) for part, value in setting.items()}
         if not any(key.items() <= row.items() for row in rows):
-            rows += try_setting(trial, victim, attack, data, device)
+            rows += try_setting(of_run(**setting), victim, attack, data, device)
             write_csv(table, rows)
     measured = [[row for row in rows if row["defense"] == name] for name in names]
     best = [best_of(rows) for rows in measured if rows]

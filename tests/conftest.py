@@ -1,5 +1,6 @@
 """Shared by several tests: small models and batches, an inverted trigger, CIFAR-10 if available, the scripts."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -12,12 +13,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import config
+import main
 from defenses import DefenseContext, mcl
 from defenses.inversion import InvertedTrigger
 from defenses.inversion.patterns import PixelForm
 from models import select_model
+from utils import shapes
 from utils.progress import Stopwatch
 
+MODEL = str(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar")  # a victim that is shipped
 METADATA = {"arch": "WRN-10-1", "num_class": 4, "normalization": ([0.5] * 3, [0.2] * 3)}  # of a checkpoint
 
 
@@ -106,6 +111,22 @@ def make_context(victim, batches, trigger, monkeypatch):
         return context._replace(**changes)
 
     return make
+
+
+@pytest.fixture
+def run_with(monkeypatch, tmp_path):
+    """Run main.run on a hundred shapes, with more options and a defense that returns the victim and a history."""
+
+    def run(*words, history=()):
+        for split in shapes.COUNTS:
+            monkeypatch.setitem(shapes.COUNTS, split, 100)
+        words = ["--dataset", "shapes", "--clean", "20", "--target", "5", *words]
+        words += ["--checkpoint_root", str(tmp_path / "weight"), "--log_root", str(tmp_path / "results")]
+        opt, explicit = config.parse("main.py", words)
+        monkeypatch.setattr(main, "defend", lambda opt, victim, *_: (copy.deepcopy(victim), list(history), {}))
+        main.run(config.single_run_options(opt, model=MODEL), explicit, "x")
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,15 @@
 """Runs of main.py that fail or are interrupted: what ends, what goes on, what is left."""
 
-import copy
 import os
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import MODEL, ROOT
 
 import config
 import main
-from utils import shapes
 from utils.distributed import ONE_PROCESS, Processes
 from utils.errors import RunError, UserError
-
-MODEL = str(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar")
 
 
 @pytest.fixture
@@ -94,22 +90,6 @@ def test_a_second_comparison_says_that_it_replaces_the_tables_of_the_first(compa
     (tmp_path / "shapes-comparison" / "comparison.csv").touch()
     compare({})
     assert f"{tmp_path}/shapes-comparison holds an earlier run, which this one replaces" in capsys.readouterr().out
-
-
-@pytest.fixture
-def run_with(monkeypatch, tmp_path):
-    """Run main.run on a hundred shapes, with more options and a defense that returns the victim and a history."""
-
-    def run(*words, history=()):
-        for split in shapes.COUNTS:
-            monkeypatch.setitem(shapes.COUNTS, split, 100)
-        words = ["--dataset", "shapes", "--clean", "20", "--target", "5", *words]
-        words += ["--checkpoint_root", str(tmp_path / "weight"), "--log_root", str(tmp_path / "results")]
-        opt, explicit = config.parse("main.py", words)
-        monkeypatch.setattr(main, "defend", lambda opt, victim, *_: (copy.deepcopy(victim), list(history), {}))
-        main.run(config.single_run_options(opt, model=MODEL), explicit, "x")
-
-    return run
 
 
 def test_a_run_that_is_interrupted_before_its_report_leaves_no_weights(run_with, monkeypatch, tmp_path):

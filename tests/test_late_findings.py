@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, FixedBatches
+from conftest import MODEL, FixedBatches
 from test_inversion import RedPixelVictim
 from torch import nn
 
@@ -38,10 +38,10 @@ def test_batches_of_the_target_class_alone_do_not_hide_a_backdoor():
 
 
 def test_a_comparison_does_not_replace_a_model_that_it_still_has_to_read(tmp_path, monkeypatch):
-    shipped, folder = ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar", tmp_path / "weight" / "table"
+    folder = tmp_path / "weight" / "table"
     folder.mkdir(parents=True)
     for path in (tmp_path / "v.tar", folder / "v-ft.tar"):
-        shutil.copy(shipped, path)
+        shutil.copy(MODEL, path)
     words = ["--dataset", "shapes", "--name", "table", "--checkpoint_root", tmp_path / "weight", "--log_root", tmp_path]
     words += ["--defense", "ft", "fst", "--model", tmp_path / "v.tar", folder / "v-ft.tar"]
     monkeypatch.setattr(main, "run", None)

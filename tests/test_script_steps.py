@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import MODEL
 from slow_triggers import TinyModel
-from test_failing_runs import MODEL, run_with
 from test_target_search import SMALL
 from test_triggers import make_attack, random_images
 
@@ -23,8 +23,7 @@ from utils.errors import UserError
 from utils.shapes import draw_shapes
 
 CPU = torch.device("cpu")
-LARGE = dataclasses.replace(SMALL, index=0.0)
-__all__ = ["run_with"]  # a fixture
+NOT_FLAGGED = dataclasses.replace(SMALL, index=0.0)
 
 
 def test_the_purified_model_is_retuned(run_with, monkeypatch):
@@ -112,7 +111,7 @@ def test_a_given_label_is_not_searched_for(words, label):
     [
         ([SMALL], 1, 1, 1),
         ([SMALL], ANY_OTHER, "any", "any"),
-        ([dataclasses.replace(SMALL, index=0.0)], 1, None, 1),
+        ([NOT_FLAGGED], 1, None, 1),
         (None, 1, None, 1),
     ],
 )
@@ -172,4 +171,5 @@ def test_the_attackers_data_is_perturbed_with_the_clean_model():
     data, labels = random_images(8), torch.full((8,), 2)
     opt, _ = config.parse("train_badnet.py", ["--dataset", "shapes", "--batch_size", "4"])
     attack = make_attack("clTrigger", rate=1.0, epsilon=8)
-    get_backdoor_loader(opt, ImageSet(data, labels, list("abcde")), attack, "cpu", TinyModel())  # fails without it
+    _, _, poisoned = get_backdoor_loader(opt, ImageSet(data, labels, list("abcde")), attack, "cpu", TinyModel())
+    assert poisoned.tolist() == list(range(8))  # without the model, the noise has nothing to follow

@@ -78,7 +78,7 @@ class PenaltyWeight:
         self.working, self.failing = torch.zeros_like(start), torch.zeros_like(start)
 
     def update(self, works: torch.Tensor, tried: torch.Tensor) -> None:
-        """Count a step in which the patterns did or did not work, or were not tried on any image; both (P,) bool."""
+        """Count a step of the patterns that were tried on an image, which worked or did not; both (P,) bool."""
         self.working = torch.where(tried, torch.where(works, self.working + 1, 0), self.working)
         self.failing = torch.where(tried, torch.where(works, 0, self.failing + 1), self.failing)
         raised, lowered = self.working == self.patience, self.failing == self.patience
