@@ -23,6 +23,7 @@ from utils import shapes
 from utils.progress import Stopwatch
 
 MODEL = str(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar")  # a victim that is shipped
+CPU = torch.device("cpu")
 METADATA = {"arch": "WRN-10-1", "num_class": 4, "normalization": ([0.5] * 3, [0.2] * 3)}  # of a checkpoint
 
 
@@ -107,7 +108,7 @@ def make_context(victim, batches, trigger, monkeypatch):
     monkeypatch.setattr("defenses.base.find_trigger", lambda *_: trigger)  # an untrained victim has no trigger to find
 
     def make(**changes):
-        context = DefenseContext(victim, batches, batches, True, 2_500, torch.device("cpu"), 0, Stopwatch(), 1)
+        context = DefenseContext(victim, batches, batches, True, 2_500, CPU, 0, Stopwatch(), 1)
         return context._replace(**changes)
 
     return make

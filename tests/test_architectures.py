@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU
 from torch import nn
 
 from attacks.stated import options_as_used
@@ -16,7 +17,7 @@ from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.safe_load import Skipped, safe_load
 
-CPU, RAW = torch.device("cpu"), ((0.0,) * 3, (1.0,) * 3)
+RAW = (0.0,) * 3, (1.0,) * 3
 USER_FILE = """
 import torch
 from torch import nn

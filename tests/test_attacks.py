@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import METADATA
+from conftest import CPU, METADATA
 from slow_triggers import TinyModel, make_attack, random_images, slow_signal
 
 import config
@@ -145,15 +145,14 @@ def test_a_saved_victim_and_its_attack_measure_the_same(images, trigger_type, tm
     attack, labels, path = make_attack(trigger_type), torch.arange(8) % 5, str(tmp_path / "a.tar")
     torch.manual_seed(0)
     victim, loaded = select_model("WRN-10-1", 5), select_model("WRN-10-1", 5)
-    cpu = torch.device("cpu")
     save_checkpoint(path, victim, **METADATA, attack=attack.state())
     checkpoint = read_checkpoint(path)
     load_weights(loaded, checkpoint["state_dict"], path, "WRN-10-1")
     restored = Attack.from_state(checkpoint["attack"])
     assert torch.equal(attack.stamp(images), restored.stamp(images))
     assert restored.describe() == attack.describe()
-    before = evaluate(victim, get_eval_set(images, labels, attack, cpu), attack)
-    after = evaluate(loaded, get_eval_set(images, labels, restored, cpu), restored)
+    before = evaluate(victim, get_eval_set(images, labels, attack, CPU), attack)
+    after = evaluate(loaded, get_eval_set(images, labels, restored, CPU), restored)
     assert before == after
 
 

@@ -5,7 +5,11 @@ import json
 from itertools import product
 
 import pytest
+import torch
 
+import config
+import main
+from attacks import build_attack
 from utils.files import sha256_of
 from utils.reporting.comparison import comparison_row, comparison_tables, comparison_text, write_comparison
 from utils.resume import finished_run
@@ -188,3 +192,29 @@ def test_a_defense_whose_inverted_trigger_still_works_is_never_best():
     ((_, _, table),) = tables_of(rows, "**{}**".format)
     assert not any("**" in cell for cell in table[1])
     assert any("**" in cell for cell in table[2])
+
+
+def test_every_run_of_a_comparison_measures_the_same_trigger():
+    words = ["--model", "a.tar", "--trigger_type", "randomPixelTrigger", "--seeds", "1", "2"]
+    opt, _ = config.parse("main.py", words)
+    runs = [options for _, options in main.planned_runs(opt, "x").values()]
+    assert [options.seed for options in runs] == [1, 2]
+    first, second = (build_attack(options, 10, (8, 8)).tensors for options in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_a_comparison_lacks_is_said():
+    def row(victim, name, seed, purified=True):
+        return make_row(victim, name, make_metrics(86.0, 1.0)) | {"seed": seed, "purified": purified}
+
+    rows = [row("one", "mcl", 1), row("one", "nc", 1, purified=False), row("one", "nc", 2), row("one", "ft", 1)]
+    rows += [row("one", "ft", 2)]
+    planned = [("one", name) for name in ("mcl", "nc", "ft", "nad") for _ in range(2)]
+    ((_, _, cells),) = comparison_tables(rows, planned, "<{}>".format)
+    names = ["none", "mcl (no result in 1 of 2)", "nc (inverted trigger still works in 1 of 2)", "ft"]
+    names += ["nad (no result in 2 of 2)"]
+    assert [line[0] for line in cells] == names
+    assert [line[1].startswith("<") for line in cells] == [False, False, False, True, False]
+    text = comparison_text([*rows, row("two", "ft", 1)], [*planned, ("two", "ft"), ("two", "ft")])
+    assert "one, mcl: (no result in 1 of 2)" in text
+    assert "two, ft: (no result in 1 of 2)" in text

@@ -4,17 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import state_vector
+import torch.nn.functional as F
+from conftest import CPU, FixedBatches, state_vector
 from test_defenses import ONE_STEP, RECIPES
+from torch import nn
 
-from defenses import nc
+from defenses import DefenseContext, is_purified, mcl, nc
 from defenses.base import REMAINING_ROUNDS
 from defenses.inversion import ANY_OTHER, InvertedTrigger, apply_patterns
-from defenses.inversion import invert as invert_module
-from defenses.inversion.invert import noise_around
 from utils.seed import generator
-
-CPU = torch.device("cpu")
 
 
 def test_nc_inverts_with_its_own_budget_and_returns_the_trigger(make_context, batches, trigger, monkeypatch):
@@ -51,34 +49,6 @@ def test_a_student_is_inverted_like_its_victim(make_context, victim, batches, tr
     assert rng.initial_seed() == generator(3, "remaining").initial_seed()
 
 
-def test_a_warp_is_tried_after_a_large_patch_from_the_same_generator(victim, batches, trigger, monkeypatch):
-    patches, warps = [], []
-    monkeypatch.setattr(invert_module, "invert_trigger", lambda *args: patches.append(args) or trigger)
-    monkeypatch.setattr(invert_module, "invert_warp", lambda *args: warps.append(args) or trigger)
-    assert invert_module.find_trigger(victim, batches, 1, CPU, 3, 4, 5, 6, "bf16") is trigger  # 4 of 64 pixels
-    rng = patches[0][4]
-    assert rng.initial_seed() == generator(3, "inversion").initial_seed()
-    assert patches == [(victim, batches, 1, CPU, rng, 4, 5, 6, "bf16")]
-    assert warps == [(victim, batches, 1, CPU, rng, 5, 6, "bf16")]
-    monkeypatch.setattr(invert_module, "MAX_PATCH", 4 / 64)
-    monkeypatch.setattr(invert_module, "find_parts", lambda *_: [])
-    invert_module.find_trigger(victim, batches, 1, CPU, 3, 4, 5, 6, "bf16")
-    assert len(warps) == 1
-
-
-def test_a_round_starts_from_the_pattern_with_noise_of_its_own_for_each_sign():
-    pattern = torch.zeros(3, 16, 16)
-    pattern[:, 8, 8] = -0.9
-    start = noise_around(pattern, generator(1, "noise"))
-    noise = 0.5 * torch.rand(2, 3, 16, 16, generator=generator(1, "noise"))
-    near = torch.zeros(16, 16, dtype=torch.bool)
-    near[6:11, 6:11] = True
-    assert (start[:, :, ~near] < 0).all()
-    expected = noise.clone()
-    expected[1, :, 8, 8] = 0.9
-    assert torch.equal(start[:, :, near], expected[:, :, near])
-
-
 def test_the_rate_of_a_trigger_is_that_of_the_images_of_other_labels(victim, batches, trigger):
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     predicted, triggered = (victim(x).argmax(1) for x in (images, apply_patterns(images, trigger.patterns)))
@@ -99,3 +69,35 @@ def test_the_change_of_an_image_is_the_pattern_or_what_the_warp_moves():
     moved = InvertedTrigger(warp, 1.0)
     assert torch.allclose(moved.change(image), apply_patterns(image[None], warp[None])[0] - image)
     assert moved.change(image).abs().max() > 0.01
+
+
+class Erring(nn.Module):
+    """Reads the label from a pixel, and predicts 1 where another pixel has at least `threshold`."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x):
+        triggered = x[:, 0, -1, -1] >= self.threshold
+        return F.one_hot(torch.where(triggered, 1, x[:, 0, 0, 0].round().long()), 2).float()
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(2.0, True), (1.0, False)])
+def test_errors_that_need_no_trigger_do_not_count_as_the_backdoor(threshold, expected):
+    images, pattern = torch.zeros(20, 3, 4, 4), torch.zeros(3, 4, 4)
+    images[:6, 0, 0, 0], pattern[0, -1, -1] = 1.0, 1.0  # 6 of 20 images of label 0 are taken for label 1 anyway
+    batches, trigger = FixedBatches([(images, torch.zeros(20, dtype=torch.int64))]), InvertedTrigger(pattern, 1.0)
+    assert trigger.excess_on(Erring(threshold), Erring(1.0), batches, 1) == pytest.approx(0.0 if expected else 0.7)
+    assert is_purified(Erring(threshold), Erring(1.0), {1: trigger}, batches) is expected
+    assert is_purified(Erring(threshold), Erring(1.0), {}, batches) is None
+    always = Erring(-1.0)  # predicts 1 for every image, with the trigger or without
+    assert is_purified(always, Erring(1.0), {1: trigger}, batches) is False
+
+
+def test_a_student_is_inverted_with_the_budget_of_its_victim(make_context, monkeypatch):
+    given = []
+    monkeypatch.setattr(DefenseContext, "remaining_trigger", lambda *args: given.append(args[3:]))
+    budget = {"inversion_rounds": 4, "inversion_steps": 5, "inversion_batches": 6, "precision": "bf16"}
+    mcl.defend(make_context(augmented=False), **{**RECIPES["mcl"], **ONE_STEP, **budget, "rounds": 2})
+    assert given == [(5, 6, "bf16")]

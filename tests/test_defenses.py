@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FixedBatches, assert_weights, sgd_step_by_hand, state_vector
+from conftest import CPU, FixedBatches, assert_weights, sgd_step_by_hand, state_vector
 
 import config
 from defenses import DEFENSE_FUNCTIONS, fst, ft, ftsam, nad, nc, pam
@@ -15,7 +15,6 @@ from defenses.purify import run_defense
 from models import select_model
 from utils.seed import generator
 
-CPU = torch.device("cpu")
 SGD = {"epochs": 2, "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "schedule": "drop", "precision": "fp32"}
 FINETUNING = {"finetune_epochs": 1, "finetune_lr": 0.01}
 INVERSION = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}

@@ -1,15 +1,16 @@
 """Runs of main.py that fail or are interrupted: what ends, what goes on, what is left."""
 
 import os
+import shutil
 
 import pytest
-import torch
-from conftest import MODEL, ROOT
+from conftest import CPU, MODEL, ROOT
 
 import config
 import main
 from utils.distributed import ONE_PROCESS, Processes
 from utils.errors import RunError, UserError
+from utils.progress import Stopwatch
 
 
 @pytest.fixture
@@ -59,11 +60,11 @@ def test_a_comparison_goes_on_after_a_run_with_bad_input_unless_all_have_it(comp
 
 def test_a_default_reference_that_does_not_fit_is_left_out():
     opt, _ = config.parse("main.py", ["--retune", "5"])
-    assert main.load_reference(opt, 11, (32, 32), torch.device("cpu")) is None
-    assert main.load_reference(opt, 10, (32, 32), torch.device("cpu")) is not None
+    assert main.load_reference(opt, 11, (32, 32), CPU) is None
+    assert main.load_reference(opt, 10, (32, 32), CPU) is not None
     opt.retune_reference = str(ROOT / "weight" / "CIFAR10" / "WRN-16-1-clean.pth.tar")
     with pytest.raises(UserError, match="has 10 classes, but 11 are needed; pass another --retune_reference"):
-        main.load_reference(opt, 11, (32, 32), torch.device("cpu"))
+        main.load_reference(opt, 11, (32, 32), CPU)
 
 
 def test_a_retuning_attack_that_diverges_does_not_end_the_run(monkeypatch, capsys):
@@ -110,3 +111,35 @@ def test_tensorboard_shows_the_history_of_the_run_alone(run_with, monkeypatch):
     (before, first), after = logged
     assert (first, set(before)) == (0, {"acc", "acc_published", "asr", "ra"})
     assert after == ({"lr": 0.1, "loss": 2.0, "seconds": 3.0, "acc": 50.0}, 1)
+
+
+def test_a_comparison_does_not_replace_a_model_that_it_still_has_to_read(tmp_path, monkeypatch):
+    folder = tmp_path / "weight" / "table"
+    folder.mkdir(parents=True)
+    for path in (tmp_path / "v.tar", folder / "v-ft.tar"):
+        shutil.copy(MODEL, path)
+    words = ["--dataset", "shapes", "--name", "table", "--checkpoint_root", tmp_path / "weight", "--log_root", tmp_path]
+    words += ["--defense", "ft", "fst", "--model", tmp_path / "v.tar", folder / "v-ft.tar"]
+    monkeypatch.setattr(main, "run", None)
+    with pytest.raises(UserError, match=r"would replace the model .*v-ft\.tar"):
+        main.compare(*config.parse("main.py", [str(word) for word in words]), ONE_PROCESS)
+
+
+def test_weights_of_an_earlier_run_are_not_replaced_in_silence(tmp_path, capsys):
+    opt, _ = config.parse("main.py", ["--checkpoint_root", str(tmp_path), "--log_root", str(tmp_path / "results")])
+    opt.model = str(tmp_path / "victim.tar")
+    (tmp_path / "mine.tar").touch()
+    main.check_output(opt, "mine")
+    assert "mine.tar is replaced" in capsys.readouterr().out
+    main.check_output(opt, "yours")
+    assert capsys.readouterr().out == ""
+    for opt.model, opt.retune_reference in ((str(tmp_path / "mine.tar"), None), ("x", str(tmp_path / "mine.tar"))):
+        with pytest.raises(UserError, match="would replace the model"):
+            main.check_output(opt, "mine")
+
+
+def test_a_stage_that_fails_has_its_time_too():
+    clock = Stopwatch()
+    with pytest.raises(ZeroDivisionError), clock("inversion"):
+        _ = 1 / 0
+    assert clock.seconds.keys() == {"inversion"}

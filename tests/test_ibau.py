@@ -5,11 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FixedBatches, assert_weights
+from conftest import CPU, FixedBatches, assert_weights
 
 from defenses import ibau
-
-CPU = torch.device("cpu")
 
 
 def test_hypergradient_is_exact_on_a_quadratic():
@@ -81,3 +79,26 @@ def test_one_batch_by_hand(make_context, victim, batches):
     # Adam's first step
     expected = {n: w.detach() - 0.01 * g / (g.abs() + 1e-8) for n, w, g in zip(names, weights, gradients, strict=True)}
     assert_weights(result.student, expected, atol=2e-4)  # rounding shows where g is almost 0
+
+
+def test_a_share_of_each_batch_is_perturbed_and_the_inner_loss_is_of_the_first(make_context, victim, monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    drawn = [(torch.rand(n, 3, 8, 8, generator=rng), torch.randint(3, (n,), generator=rng)) for n in (250, 40)]
+    batches = FixedBatches(drawn)
+    inner, perturbed, forward = [], [], type(victim).forward
+
+    def gradients(inner_loss, outer_loss, perturbation, weights, *_):
+        inner.append(inner_loss.args[1])
+        outer_loss(torch.full((3, 8, 8), 2.0))
+        return [torch.zeros_like(weight) for weight in weights]
+
+    def counting(self, images):
+        perturbed.append(int((images.amax((1, 2, 3)) > 1.5).sum()))
+        return forward(self, images)
+
+    monkeypatch.setattr(ibau, "hypergradient", gradients)
+    monkeypatch.setattr(ibau, "worst_perturbation", lambda *_: torch.zeros(3, 8, 8))
+    monkeypatch.setattr(type(victim), "forward", counting)
+    ibau.defend(make_context(train_batches=batches), epochs=1, lr=0.01, precision="fp32")
+    assert [images is batches[0][0] for images in inner] == [True, True]
+    assert perturbed == [2, 1]  # a hundredth, at least one

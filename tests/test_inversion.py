@@ -4,16 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import FixedBatches, RecordingForm
+from conftest import CPU, FixedBatches, RecordingForm
 
-from defenses import DefenseContext
 from defenses.inversion import ANY_OTHER, InvertedTrigger, apply_patterns, shifted_patterns
 from defenses.inversion import invert as invert_module
-from defenses.inversion.invert import find_waves, invert_trigger, invert_warp, noise_around, optimise_pattern
-from utils.errors import RunError
-from utils.progress import Stopwatch
-
-CPU = torch.device("cpu")
+from defenses.inversion.invert import find_waves, invert_trigger, invert_warp, optimise_pattern
+from defenses.inversion.patterns import PixelForm
+from defenses.inversion.target_search import search_form
 
 
 class RedPixelVictim(torch.nn.Module):
@@ -114,31 +111,6 @@ def test_without_a_pattern_that_works_there_is_no_trigger(batches):
     assert invert(ConstantModel(), batches) is None
 
 
-def test_noise_starts_near_the_pattern_only():
-    pattern = torch.zeros(3, 9, 9)
-    pattern[0, 1, 1], pattern[2, 1, 1] = 0.9, -0.8
-    p, q = noise_around(pattern, torch.Generator().manual_seed(0))
-    assert (p[0, 1, 1], q[2, 1, 1]) == (pattern[0, 1, 1], -pattern[2, 1, 1])
-    assert (p[:, :4, :4] >= 0).all()
-    assert (p[:, :4, :4] > 0).sum() >= 47
-    assert (p[:, 4:] < 0).all()
-    assert (q[:, :, 4:] < 0).all()
-
-
-def test_later_rounds_shrink_the_pattern_of_the_first(batches):
-    pixels = [invert(RedPixelVictim(), batches, rounds=rounds, steps=2).pixels for rounds in (1, 2, 3)]
-    assert pixels[0] > pixels[1] > pixels[2]
-
-
-def test_the_inversion_ends_when_patterns_stop_shrinking(batches, monkeypatch):
-    results = []
-    monkeypatch.setattr(
-        invert_module, "optimise_pattern", lambda *args: results.append(optimise_pattern(*args)) or results[-1]
-    )
-    assert invert(RedPixelVictim(), batches, rounds=40, steps=30).pixels == min(result.pixels for result in results)
-    assert len(results) < 20
-
-
 def test_images_of_the_target_class_are_left_out(batches):
     with_target = [(torch.cat([x, x]), torch.cat([y, y + 1])) for x, y in batches]
     alone, mixed = invert(RedPixelVictim(), batches), invert(RedPixelVictim(), with_target)
@@ -198,30 +170,6 @@ def test_waves_are_tried_on_attackable_images_only():
 
 
 @pytest.mark.parametrize(
-    ("victim", "images", "description"),
-    [
-        (RedPixelVictim, NOISE, "px, L1"),
-        (ShiftedStripesVictim, STRIPES, "warp by"),
-        (WaveVictim, torch.full_like(NOISE, 0.5), "waves"),
-        (ConstantModel, NOISE, None),
-    ],
-)
-def test_the_first_form_that_fits_is_inverted(victim, images, description, monkeypatch, capsys):
-    monkeypatch.setattr(invert_module, "MAX_PATCH", 0.1 if victim is RedPixelVictim else 0.0)
-    context = DefenseContext(victim(), [], label_zero(images), False, 4, CPU, 1, Stopwatch(), 1)
-    if description is None:
-        with pytest.raises(RunError, match="no pattern turns 90% of the clean images into label 1"):
-            context.invert(1, 30, 2, "fp32")
-        return
-    trigger = context.invert(1, 30, 2, "fp32")
-    assert set(context.clock.seconds) == {"inversion"}
-    assert description in trigger.describe()
-    assert f"inverted trigger: {trigger.describe()}" in capsys.readouterr().out
-    row = {"pattern": trigger.describe(), "hit_rate": 100 * trigger.hit_rate, "with_parts": None}
-    assert trigger.metadata() == row
-
-
-@pytest.mark.parametrize(
     ("columns", "positions"),
     [
         ([4], [(2, 4), (0, 4), (4, 4)]),
@@ -256,3 +204,28 @@ def test_a_shifted_pattern_is_cut_off_at_the_edge():
     trigger = InvertedTrigger(pattern, 1.0)
     shifted = shifted_patterns(RedColumnsVictim([5]), trigger, label_zero(torch.zeros(2, 3, 6, 6)), 1)
     assert {tuple(found.sum((0, 1)).tolist()) for found in shifted} == {(0, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0, 1)}
+
+
+def test_batches_of_the_target_class_alone_do_not_hide_a_backdoor():
+    images = torch.rand(32, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    others, of_target = ((images, torch.full((32,), label)) for label in (0, 1))
+    form, size = PixelForm((3, 6, 6)), {}
+    for name, batches in {"balanced": [others] * 20, "mixed": ([others] + [of_target] * 3) * 20}.items():
+        rng, batches = torch.Generator().manual_seed(1), FixedBatches(batches)
+        scores = search_form(RedPixelVictim(), batches, 2, CPU, rng, form, len(batches), "fp32")
+        size[name] = scores[1].size
+    assert size["mixed"] < 1.5 * size["balanced"]
+
+
+def test_later_rounds_shrink_the_pattern_of_the_first(batches):
+    pixels = [invert(RedPixelVictim(), batches, rounds=rounds, steps=2).pixels for rounds in (1, 2, 3)]
+    assert pixels[0] > pixels[1] > pixels[2]
+
+
+def test_the_inversion_ends_when_patterns_stop_shrinking(batches, monkeypatch):
+    results = []
+    monkeypatch.setattr(
+        invert_module, "optimise_pattern", lambda *args: results.append(optimise_pattern(*args)) or results[-1]
+    )
+    assert invert(RedPixelVictim(), batches, rounds=40, steps=30).pixels == min(result.pixels for result in results)
+    assert len(results) < 20

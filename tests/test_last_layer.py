@@ -120,3 +120,20 @@ def test_calibration_bears_a_class_without_images_and_a_layer_without_biases(vic
     model.head.bias = None
     calibrate(model, trigger.patterns, batches, 1)
     assert model.head.bias is None
+
+
+def test_directions_in_which_nothing_moves_are_none():
+    model, pattern = FixedFeatures([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]), torch.zeros(1, 3, 1, 1)
+    pattern[0, 0] = 0.5
+    images = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0)) / 2
+    found = trigger_directions(model, pattern, [(images, torch.zeros(8, dtype=torch.int64))], 1)
+    assert found.abs().tolist() == [[pytest.approx(1.0), pytest.approx(0.0), pytest.approx(0.0)]]
+
+
+@pytest.mark.parametrize(("lost", "blind"), [(2, True), (3, False)])
+def test_a_blind_layer_may_cost_half_of_the_target_class(lost, blind):
+    weight = [[0.0, 1.0, 0.0], [2.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
+    own = [[1.0, 0.5, 0.0]] * lost + [[0.0, 0.5, 1.0]] * (4 - lost)
+    features = torch.tensor(own + [[0.0, 1.0, 0.0]] * 196)
+    labels = torch.tensor([1] * 4 + [0] * 196)
+    assert make_blind(FixedFeatures(weight), torch.eye(3)[:1], [(features[:, :, None, None], labels)], 1) is blind

@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_weights, sgd_step_by_hand, state_vector
+from conftest import CPU, assert_weights, sgd_step_by_hand, state_vector
 
 from defenses import last_layer, mcl
 from defenses.inversion import apply_patterns, shifted_patterns
 from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, train_student
 
-CPU = torch.device("cpu")
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 POSITIVE = torch.tensor([[3.0, 0.0], [1.0, 1.0]])  # cosines 1 and 1/sqrt(2)
 NEGATIVE = torch.tensor([[0.0, 1.0], [0.0, -1.0]])  # cosines 0 and -1
@@ -256,3 +255,12 @@ def test_the_students_gradient_is_clipped(victim, trigger, batches, monkeypatch)
     moved = sum((weights[name] - before[name]).square().sum().item() for name in trained) ** 0.5
     norm = sum(before[name].square().sum().item() for name in trained) ** 0.5
     assert moved == pytest.approx(ONE_STEP["lr"] * 1e-3 * norm, rel=1e-2)
+
+
+def test_the_published_loss_of_a_batch_by_hand(victim, trigger, batches):
+    images, _ = batches[0]
+    _, history = run_training(victim, trigger, batches[:1], epochs=1, align_weight=0.0)
+    student, triggered = copy.deepcopy(victim).train(), apply_patterns(images, trigger.patterns)
+    z, z_positive, z_negative = student.features(triggered), victim.features(images), victim.features(triggered)
+    near, far = (torch.cosine_similarity(z, other).div(0.5).exp() for other in (z_positive, z_negative))
+    assert history[0]["loss"] == pytest.approx(-(near / (near + far)).log().mean().item(), rel=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import state_vector
+from conftest import CPU, state_vector
 from test_mcl import RECIPE, TRAINING, run_training
 
 from defenses import mcl
@@ -11,8 +11,6 @@ from defenses.inversion import InvertedTrigger, shifted_patterns
 from defenses.mcl import clean_finetune, train_student
 from utils.batches import CutMixBatches, erase_rectangles
 from utils.seed import generator
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("remains", [False, True])

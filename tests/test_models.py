@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import METADATA
+from conftest import CPU, METADATA
 
 from defenses.inversion.objective import untargeted_loss
 from models import load_classifier, load_clean_model, select_model
@@ -10,7 +10,6 @@ from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.device import autocast
 from utils.errors import UserError
 
-CPU = torch.device("cpu")
 NO_NORMALIZATION = ([0.0] * 3, [1.0] * 3)
 
 

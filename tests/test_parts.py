@@ -4,14 +4,12 @@ import itertools
 
 import pytest
 import torch
-from conftest import FixedBatches
+from conftest import CPU, FixedBatches
 
 from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger
 from defenses.inversion import invert as invert_module
 from defenses.inversion.invert import find_parts
 from utils.seed import generator
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture

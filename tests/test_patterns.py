@@ -4,11 +4,18 @@ import math
 
 import pytest
 import torch
+from conftest import CPU
+from test_inversion import label_zero
 
-from defenses.inversion import PatternApplier, apply_patterns
+from defenses.inversion import (
+    InvertedTrigger,
+    PatternApplier,
+    apply_patterns,
+    shifted_patterns,
+)
 from defenses.inversion.patterns import PixelForm, WarpForm, frequencies, mirror, waves
+from utils.seed import generator
 
-CPU = torch.device("cpu")
 RNG = torch.Generator().manual_seed(0)
 
 
@@ -88,3 +95,21 @@ def test_waves_are_distinct_and_complete():
     patterns = [waves((32, 32), frequency, CPU) for frequency in frequencies((32, 32))]
     assert patterns[0].shape == (4, 3, 32, 32)
     assert sum(((phases - wave).abs().amax((1, 2, 3)) < 1e-5).sum() for phases in patterns) == 1
+
+
+def test_the_mirror_image_of_a_warp_reads_from_the_other_side():
+    warp = 0.2 * torch.randn(2, 6, 6, generator=generator(0, "warp"))
+
+    class Always(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor([[0.0, 1.0]]).expand(len(x), 2)
+
+    found = shifted_patterns(Always(), InvertedTrigger(warp, 1.0), label_zero(torch.zeros(2, 3, 6, 6)), 1)
+    assert len(found) == 50
+    assert any(torch.equal(pattern, mirror(warp)) for pattern in found)
+
+
+def test_changes_below_one_grey_level_are_dropped_and_no_others():
+    parameters = torch.zeros(1, 2, 1, 1, 2)
+    parameters[0, 0, 0, 0] = torch.tensor([0.99 / 255, 1.01 / 255])
+    assert (PixelForm((1, 1, 2)).quantised(parameters) != 0).flatten().tolist() == [False, True]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import CPU
 from matplotlib import font_manager
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
@@ -209,7 +210,7 @@ def run():
     """Arguments of draw_run for a small untrained victim: classes, sample, attack, models, metrics."""
     attack = Attack("gridTrigger", "all2all", 0, 3, 0.1)
     images = torch.randint(256, (12, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    sample = get_eval_set(images, torch.arange(12) % 3, attack, torch.device("cpu"))
+    sample = get_eval_set(images, torch.arange(12) % 3, attack, CPU)
     metrics = {"before": {**METRICS, "per_class": [70.0, 80.0, 90.0]}}
     return ["a", "b", "c"], sample, attack, {"before": select_model("WRN-10-1", 3)}, metrics
 
@@ -235,9 +236,7 @@ def save_run(folder, run, history, **metrics):
     metrics = {"model": "m.tar", "defense": "none", "before": by_model["before"], "after": None} | metrics
     arguments = {"classes": classes, "sample": sample, "attack": attack, "models": models, "history": history}
     options = {"dataset": "shapes", "seed": 3, "lr": 0.1}
-    return save.save_results(
-        str(folder), "title", metrics, **arguments, options=options, device=torch.device("cpu"), clock=Stopwatch()
-    )
+    return save.save_results(str(folder), "title", metrics, **arguments, options=options, device=CPU, clock=Stopwatch())
 
 
 def test_a_run_is_saved_with_its_metadata(tmp_path, run):

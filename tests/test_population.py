@@ -1,13 +1,7 @@
 """docs/population.py: its members, and the summary of what was found."""
 
-import csv
-from dataclasses import replace
-
-import pytest
-
 import config
-from defenses.inversion.scores import CLEAN_SIZES, LabelScore, choose_label
-from docs.population import CLEAN, TABLE, population, print_summary, summary_row
+from docs.population import CLEAN, population, print_summary, summary_row
 
 
 def test_every_member_has_valid_options_and_both_halves_are_alike():
@@ -43,24 +37,3 @@ def test_only_the_label_of_a_working_backdoor_counts_as_found(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "report: label found in 2 of 3 victims with an ASR of 90.0 % or more (2 have less), 1 of 2 clean" in text
     assert "; ROC area of sizes 0.833; of 3 purified victims, 2 with an ASR of at most 3 %" in text
-
-
-@pytest.mark.parametrize(("of_range", "count"), [(0.0145, 0), (0.0146, 1), (0.0217, 9), (0.5, len(CLEAN_SIZES))])
-def test_a_label_has_a_place_among_the_clean_networks(of_range, count):
-    with open(TABLE) as file:
-        sizes = sorted(float(row["size"]) for row in csv.DictReader(file) if not row["backdoors"])
-    assert sizes == list(CLEAN_SIZES)
-    score = LabelScore(3, "pixels", 9.0, 1.0, -9.0, 0.1, of_range)
-    assert score.clean_networks == score.metadata()["clean_networks"] == count
-    assert replace(score, form="wave").clean_networks is None
-
-
-def test_the_reason_gives_the_place_of_patterns_that_were_not_inverted_in_full():
-    score = LabelScore(3, "warp", 9.0, 1.0, -9.0, 0.1, 0.0146)
-    place = f": so small a pattern was found in 1 of {len(CLEAN_SIZES)} clean networks"
-    assert choose_label([score], False)[1] == f"a backdoor to label 3 is suspected{place}"
-    assert choose_label([replace(score, label=-1)], False)[1].endswith(f"another one is suspected{place}")
-    suspected = "a backdoor to label 3 is suspected"
-    assert choose_label([replace(score, inverted_area=0.01)], False)[1] == suspected
-    by_wave = replace(score, form="wave", runner_up=0.1)
-    assert choose_label([by_wave], False)[1] == f"{suspected}: a wave leads to it, as in some clean models, too"

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, state_vector
+from conftest import CPU, ROOT, state_vector
 from torch import nn
 
 import config
@@ -18,7 +18,6 @@ from utils.errors import UserError
 from utils.seed import generator
 from utils.shapes import draw_shapes
 
-CPU = torch.device("cpu")
 purify_module = sys.modules["defenses.purify"]  # defenses.purify is the function
 
 
@@ -198,7 +197,7 @@ def test_what_the_defense_is_given_and_what_comes_back(options, target, augmente
     ((name, context, recipe, search_batches, num_class),) = given
     own = {option: value for option, value in options.items() if option != "mirrored"}
     assert (name, num_class, recipe) == ("mcl", 3, config.DEFENSES["mcl"] | {"epochs": 3} | own)
-    assert (context.target, context.image_count, context.seed, context.device) == (target, 4, 7, torch.device("cpu"))
+    assert (context.target, context.image_count, context.seed, context.device) == (target, 4, 7, CPU)
     assert (context.augmented, context.mirrored) == (augmented, options.get("mirrored", True))
     assert context.victim.network is not MODEL
     assert not context.victim.training

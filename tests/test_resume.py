@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METADATA, ROOT
+from conftest import CPU, METADATA, ROOT
 from PIL import Image
 
 import config
@@ -153,7 +153,7 @@ def small_training(schedule, ema, epochs=4, resume=None, save=lambda network, st
     if resume:
         network.load_state_dict(resume["network"])
     history = train(
-        network, batches, lambda x, y: F.cross_entropy(network(x), y), torch.device("cpu"), epochs=epochs, lr=0.1,
+        network, batches, lambda x, y: F.cross_entropy(network(x), y), CPU, epochs=epochs, lr=0.1,
         momentum=0.9, weight_decay=1e-3, schedule=schedule, precision="fp32", title="test", ema=ema,
         generators=[batches.rng], resume=resume, save=lambda state: save(network, state),
     )  # fmt: skip

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_weights, sgd_step_by_hand, state_vector
+from conftest import CPU, assert_weights, sgd_step_by_hand, state_vector
+from test_unusual_networks import IMAGES, LABELS, Dropout
 
 import config
 from attacks import Attack, UnknownAttack
@@ -14,7 +15,6 @@ from utils.datasets import ImageSet
 from utils.errors import UserError
 from utils.seed import generator
 
-CPU = torch.device("cpu")
 NAMES = ("acc", "asr", "ra")
 
 
@@ -114,3 +114,24 @@ def test_means_and_deviations_over_the_draws(victim, batches):
     assert result == {
         "50": {"acc": 80.0, "asr": 3.0, "ra": 70.0, "sd": {"acc": 0.0, "asr": pytest.approx(7**0.5), "ra": 0.0}}
     }
+
+
+def test_retuning_has_the_same_dropout_for_every_model():
+    torch.manual_seed(0)
+    model = Dropout()
+    data = ImageSet((255 * IMAGES.permute(0, 2, 3, 1)).byte(), LABELS, ["a", "b", "c"])
+    batches = Batches(data, 8, CPU, shuffle=True, rng=torch.Generator().manual_seed(3))
+    first, second = (state_vector(retune(model, batches, CPU)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_retuning_ends_with_no_batch_of_one_image_and_counts_a_number_once():
+    images = torch.zeros(4000, 8, 8, 3, dtype=torch.uint8)
+    train_set, attack = (
+        ImageSet(images, torch.arange(4000) % 3, ["a", "b", "c"]),
+        Attack("gridTrigger", "all2one", 1, 3, 0.1),
+    )
+    opt, _ = config.parse("main.py", ["--retune", "61", "61", "62"])
+    draws = get_retuning_batches(opt, train_set, attack, CPU)
+    assert {count: len(batches) for count, batches in draws.items()} == {61: 3, 62: 3}
+    assert [len(next(iter(reversed([*draws[count][0]])))[1]) for count in (61, 62)] == [64, 2]

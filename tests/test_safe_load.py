@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from conftest import CPU
 from hostile_files import CANARY, legacy_bytes, safetensors_bytes, valid_checkpoint, write_files, zip_bytes
 
 import config
@@ -29,7 +30,7 @@ def load_weights_like_main(path, explicit=frozenset()):
     options = config.single_run_options(options, model=str(path))
     images, labels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     test_set = ImageSet(images, labels, list("0123456789"))
-    model, *_ = load_victim(options, explicit, test_set, torch.device("cpu"))
+    model, *_ = load_victim(options, explicit, test_set, CPU)
     return model.network.state_dict()
 
 

@@ -1,11 +1,12 @@
 """What the scripts hand from one step to the next: models, data, labels and names."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import CPU, MODEL
 from slow_triggers import TinyModel
 from test_target_search import SMALL
 from test_triggers import make_attack, random_images
@@ -14,15 +15,14 @@ import config
 import main
 import train_badnet
 from attacks import Attack
-from data_loader import get_backdoor_loader
+from data_loader import Batches, TensorImages, get_backdoor_loader
 from defenses.inversion import ANY_OTHER
-from utils.batches import Batches, TensorImages
+from train_badnet import load_surrogate, train_victim
 from utils.datasets import ImageSet
-from utils.distributed import Processes
+from utils.distributed import ONE_PROCESS, Processes
 from utils.errors import UserError
 from utils.shapes import draw_shapes
 
-CPU = torch.device("cpu")
 NOT_FLAGGED = dataclasses.replace(SMALL, index=0.0)
 
 
@@ -173,3 +173,26 @@ def test_the_attackers_data_is_perturbed_with_the_clean_model():
     attack = make_attack("clTrigger", rate=1.0, epsilon=8)
     _, _, poisoned = get_backdoor_loader(opt, ImageSet(data, labels, list("abcde")), attack, "cpu", TinyModel())
     assert poisoned.tolist() == list(range(8))  # without the model, the noise has nothing to follow
+
+
+def test_the_command_that_trains_a_clean_model_is_of_the_same_data():
+    words = ["--dataset", "folder", "--data_root", "my data", "--image_size", "16", "--num_class", "5"]
+    words += ["--trigger_type", "trojanTrigger", "--surrogate", "nowhere.tar"]
+    opt, _ = config.parse("train_badnet.py", words)
+    expected = "--dataset folder --num_class 5 --data_root 'my data' --image_size 16 --inject_portion 0"
+    with pytest.raises(UserError, match=expected):
+        load_surrogate(opt, 5, (16, 16), CPU)
+
+
+def test_a_training_resumes_on_the_same_labels_alone():
+    class Run:
+        def read(self, data, tensors):
+            raise UserError(f"{data.tolist()}")
+
+    opt, _ = config.parse("train_badnet.py", ["--arch", "WRN-10-1", "--inject_portion", "0"])
+    data = TensorImages(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([3, 0, 2, 1]))
+    attack, poisoned = Attack("gridTrigger", "all2one", 5, 10, 0.0), torch.zeros(0, dtype=torch.int64)
+    for positions in (poisoned, torch.tensor([7])):
+        expected = [*positions.tolist(), 3, 0, 2, 1]
+        with pytest.raises(UserError, match=re.escape(str(expected))):
+            train_victim(opt, attack, Batches(data, 4, CPU), None, positions, ONE_PROCESS, CPU, Run())

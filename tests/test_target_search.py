@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FixedBatches, RecordingForm
+from conftest import CPU, FixedBatches, RecordingForm
+from test_flagged_labels import SMALL
 
 from defenses import find_target
 from defenses.inversion import (
@@ -19,12 +20,8 @@ from defenses.inversion import (
 from defenses.inversion import scores as scores_module
 from defenses.inversion.objective import hits_and_losses
 from defenses.inversion.patterns import PixelForm, WarpForm
-from defenses.inversion.scores import CLEAN_SIZES, LabelScore, anomaly_indices
+from defenses.inversion.scores import LabelScore, anomaly_indices
 from defenses.inversion.target_search import _score, promising, search_form
-
-CPU = torch.device("cpu")
-SMALL = LabelScore(1, "pixels", 30.0, 0.95, -3.0, 0.3, 0.01)
-EVIDENCE = f": so small a pattern was found in none of {len(CLEAN_SIZES)} clean networks"
 
 
 def test_anomaly_index_by_hand():
@@ -39,16 +36,6 @@ def test_sizes_that_are_alike_have_no_outlier():
     assert anomaly_indices(torch.tensor([100.0, 101.0, 99.0, 100.0, 80.0]), 5).min() > -2
 
 
-@pytest.mark.parametrize("change", [{"hit_rate": 0.5}, {"index": -1.9}, {"of_median": 0.6}, {"of_range": 0.016}])
-def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
-    assert SMALL.flagged and dataclasses.replace(SMALL, form="warp", of_range=0.02).flagged
-    assert not dataclasses.replace(SMALL, **change).flagged
-    assert SMALL.metadata() == {
-        "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3, "of_range": 1.0,
-        "weak_floor": None, "runner_up": None, "inverted_area": None, "clean_networks": 0, "flagged": True,
-    }  # fmt: skip
-
-
 def test_scores_are_means_over_the_steps_in_which_the_pattern_works():
     form, targets = PixelForm((3, 2, 5)), torch.tensor([0, 1, 2, ANY_OTHER])
     sizes = torch.tensor([[9.0, 2.0, 4.0, 1.0], [3.0, 4.0, 6.0, 1.0]])
@@ -60,28 +47,6 @@ def test_scores_are_means_over_the_steps_in_which_the_pattern_works():
     assert [score.hit_rate for score in scores] == pytest.approx([0.95, 1.0, 0.2, 1.0])
     assert [score.of_median for score in scores] == pytest.approx([1.0, 4 / 6, 5.0, 1 / 6])
     assert [score.of_range for score in scores] == pytest.approx([6 / 30, 4 / 30, 1.0, 1 / 30])
-
-
-def test_the_flagged_label_with_the_smallest_pattern_is_chosen():
-    ordinary = LabelScore(0, "pixels", 90.0, 1.0, -0.5, 1.0, 0.03)
-    not_working = LabelScore(3, "pixels", 5.0, 0.2, -9.0, 0.05, 0.001)
-    smaller = dataclasses.replace(SMALL, label=2, size=20.0)
-    assert choose_label([ordinary, SMALL], False) == (1, f"a backdoor to label 1 is suspected{EVIDENCE}")
-    label, message = choose_label([ordinary, SMALL, smaller, not_working], False)
-    assert (label, message.split(";")[0]) == (2, f"a backdoor to label 2, 1 is suspected{EVIDENCE}")
-    label, message = choose_label([ordinary], False)
-    assert (label, message[:21]) == (None, "no backdoor was found")
-    assert choose_label([ordinary], True)[0] == 0
-
-
-def test_any_other_label_is_chosen_if_its_pattern_is_smaller_than_any_label_s():
-    untargeted = dataclasses.replace(SMALL, label=ANY_OTHER, size=31.0)
-    smaller = dataclasses.replace(untargeted, size=29.0)
-    assert choose_label([SMALL, untargeted], False)[0] == 1
-    assert choose_label([dataclasses.replace(SMALL, index=0.0), untargeted], False)[0] == ANY_OTHER
-    assert choose_label([SMALL, smaller], False)[0] == ANY_OTHER
-    assert choose_label([SMALL, dataclasses.replace(smaller, hit_rate=0.5)], False)[0] == 1
-    assert untargeted.metadata()["label"] == "any"
 
 
 class RedColumnModel(torch.nn.Module):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from conftest import CPU
 
 from utils.errors import RunError
 from utils.seed import generator
-from utils.training import SCHEDULES, set_training_mode, sgd_step, train
-
-CPU = torch.device("cpu")
+from utils.training import OPTIMIZERS, SCHEDULES, set_training_mode, sgd_step, train
 
 
 def learning_rates(schedule, steps=40):
@@ -156,3 +155,17 @@ def test_without_dropout_only_batch_normalisation_trains():
     assert [module.training for module in model] == [True, True, True]
     set_training_mode(model, dropout=False)
     assert [module.training for module in model] == [True, False, False]
+
+
+def test_weight_decay_is_added_to_the_gradient():
+    model = Scalar()
+    model.weight.data.fill_(2.0)
+    run(model, [(torch.tensor(1.0), None)], weight_decay=0.25)
+    assert model.weight.item() == pytest.approx(2 - 0.1 * (1 + 0.25 * 2))
+
+
+def test_the_momentum_stays_what_it_is():
+    optimizer = OPTIMIZERS["sgd"]([torch.zeros(1, requires_grad=True)], 0.1, 0.9, 0.0)
+    for schedule in SCHEDULES:
+        SCHEDULES[schedule](optimizer, 0.1, 10)
+        assert optimizer.param_groups[0]["momentum"] == 0.9

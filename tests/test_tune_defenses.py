@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, ROOT
 
 import config
 from defenses import DefenseResult
@@ -16,7 +16,6 @@ from docs.tune_defenses import ROUNDS, SETTING, best_of, held_out_images, read_r
 from utils.errors import RunError, UserError
 from utils.files import write_csv
 
-CPU = torch.device("cpu")
 MEASURED_RATES = {"asr": 1.0, "floor": 1.0, "ra": 60.0}
 VICTIM = str(ROOT / "weight" / "shapes" / "WRN-16-1-badnet.pth.tar")
 

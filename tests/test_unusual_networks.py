@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from conftest import FixedBatches
+import torch.nn.functional as F
+from conftest import CPU, FixedBatches, state_vector
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import parametrizations
@@ -21,7 +22,7 @@ from train_badnet import victim_name
 from utils.checkpoint import read_checkpoint
 from utils.errors import RunError, UserError
 
-CPU, RAW = torch.device("cpu"), ((0.0,) * 3, (1.0,) * 3)
+RAW = (0.0,) * 3, (1.0,) * 3
 purify_module = sys.modules["defenses.purify"]  # defenses.purify is the function
 IMAGES, LABELS = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
 QUICK = {"epochs": 1, "device": "cpu"}
@@ -216,3 +217,26 @@ def test_nad_refuses_a_network_of_few_resolutions_before_any_training(monkeypatc
     monkeypatch.setattr("defenses.nad.finetune", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(UserError, match="three resolutions, and this network has 1"):
         purify(Flat(), IMAGES, LABELS, defense="nad", **QUICK)
+
+
+def test_a_network_of_one_logit_is_refused():
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 1))
+    with pytest.raises(UserError, match="one logit"):
+        purify(network, torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), device="cpu")
+
+
+class Dropout(Flat):
+    def forward(self, x):
+        return self.fc(F.dropout(torch.cat([self.conv(x).relu().flatten(1), x.flatten(1)], 1), 0.5, self.training))
+
+
+def test_the_seed_draws_the_dropout_and_nothing_else_is_seeded():
+    torch.manual_seed(0)
+    model, results = Dropout(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(10 + len(results))
+        expected = torch.rand(1, generator=torch.Generator().manual_seed(10 + len(results)))
+        results.append(state_vector(purify(model, IMAGES, LABELS, defense="ft", seed=seed, **QUICK).model))
+        assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])

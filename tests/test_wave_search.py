@@ -69,3 +69,16 @@ def test_a_wave_proves_nothing_if_another_label_has_one_that_works_as_well():
     images = torch.full((60, 3, 16, 16), 0.48)
     scores = search_waves(WaveModel(), FixedBatches([(images, torch.zeros(60, dtype=torch.int64))]), 5)
     assert [score.runner_up for score in scores] == [1.0, 1.0, scores[1].hit_rate, 1.0, 1.0]
+
+
+def test_of_many_labels_waves_of_the_best_are_scored():
+    class Wave(torch.nn.Module):
+        def forward(self, x):
+            logits = torch.zeros(len(x), 14)
+            logits[:, 0], logits[:, 12] = 0.05, torch.fft.fft(x.mean((1, 2))).abs()[:, 2] / 8
+            return logits
+
+    images = torch.full((60, 3, 16, 16), 0.5)
+    scores = search_waves(Wave(), FixedBatches([(images, torch.zeros(60, dtype=torch.int64))]), 14)
+    assert len(scores) == 10
+    assert {score.label: score.hit_rate for score in scores}[12] == 1

@@ -2,17 +2,18 @@
 
 import dataclasses
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_target_search import SMALL, FixedBatches
+from conftest import CPU, FixedBatches
+from test_flagged_labels import SMALL
 
 from defenses import find_target
 from defenses.inversion import choose_label, search_target, target_search
 from utils.seed import generator
 
-CPU = torch.device("cpu")
 WEAK = dataclasses.replace(SMALL, weak_floor=0.287)
 BUDGET = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}
 
@@ -74,3 +75,11 @@ def test_no_suspect_of_a_weak_model_is_inverted(monkeypatch):
         monkeypatch.setattr(module, "search_target", lambda *_, score=score, **__: [score])
         assert find_target(None, None, 10, CPU, 1, {**BUDGET, "force": False})[0] is None
     assert inverted == [1]
+
+
+def test_a_model_that_always_predicts_one_class_is_weak_and_not_backdoored():
+    constant = replace(WEAK, weak_floor=1.0, size=1e-6, of_range=0.0, of_median=0.0, index=-20.0, hit_rate=1.0)
+    assert constant.flagged is False
+    label, reason = choose_label([constant], False)
+    assert label is None
+    assert "so weak that this says little" in reason

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FixedBatches, state_vector
+from conftest import CPU, FixedBatches, state_vector
 from slow_triggers import TinyModel, random_images
 from test_defenses import RECIPES
 from test_inversion import RedColumnsVictim, label_zero
@@ -19,17 +19,26 @@ from attacks import Attack, build_attack, label_consistent
 from attacks.blended import blend_picture
 from attacks.label_consistent import adversarial_noise
 from data_loader import CleanSplit, DatasetCL, get_clean_split
-from defenses import DefenseContext, DefenseResult, base, ibau, last_layer, mcl, nc, purify, remove_backdoors
+from defenses import (
+    DefenseContext,
+    DefenseResult,
+    base,
+    ibau,
+    last_layer,
+    mcl,
+    nc,
+    purify,
+    remove_backdoors,
+)
 from defenses.inversion import InvertedTrigger, PatternApplier, objective, shifted_patterns
 from defenses.inversion import invert as invert_module
 from defenses.inversion.invert import find_waves
 from defenses.inversion.patterns import frequencies, waves
 from defenses.last_layer import calibrate, make_blind, trigger_directions
+from defenses.nc import trigger_fraction
 from utils.datasets import ImageSet
 from utils.seed import generator
 from utils.training import train
-
-CPU = torch.device("cpu")
 
 
 def test_what_each_step_is_given_and_in_which_order(make_context, victim, batches, trigger, monkeypatch):
@@ -279,3 +288,7 @@ def test_the_limits_that_were_chosen_by_measurements():
     assert (1 - purify_module.HIT_RATE, purify_module.MIN_MOMENTUM) == (pytest.approx(0.1), 0.1)
     assert (invert_module.MAX_PARTS, invert_module.MAX_PART, invert_module.PART_ROUNDS) == (3, 0.01, 2)
     assert [config.DEFENSES["mcl"][name] for name in ("rounds", "contrast", "calibration")] == [3, "others", "bias"]
+
+
+def test_small_batches_have_the_trigger_too():
+    assert trigger_fraction(torch.zeros(2, 3, 2, 2), lambda images: images + 1).mean() == 0.5

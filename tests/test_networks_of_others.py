@@ -228,3 +228,12 @@ def test_squeeze_and_excitation_is_no_resolution_of_nad():
     model = select_model("torchvision:mobilenet_v3_small", 3).eval()
     maps, _ = model.maps_and_logits(torch.rand(1, 3, 64, 64))
     assert [tuple(each.shape[2:]) for each in maps] == [(8, 8), (4, 4), (2, 2)]
+
+
+def test_numbers_of_numpy_and_of_text_are_taken_and_momenta_left_as_they_were():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.01), nn.Flatten(), nn.Linear(144, 3))
+    result = purify(model, IMAGES, LABELS, defense="ft", epochs="1", device="cpu")
+    assert [module.momentum for module in result.model.modules() if isinstance(module, nn.BatchNorm2d)] == [0.01]
+    with pytest.raises(RunError, match="no pattern turns"):
+        steps = {"inversion_steps": 1, "inversion_batches": 1, "inversion_rounds": 1}
+        purify(model, IMAGES, LABELS, target=np.int64(1), **steps, **QUICK)
