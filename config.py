@@ -1,4 +1,4 @@
-"""Every value of a run. Edit one here, or give the option of the same name on the command line."""
+"""The default of every option. Edit one here, or give the option of the same name on the command line."""
 
 import os
 from argparse import Namespace
@@ -59,23 +59,27 @@ ATTACKS = {
 # The defender's clean images (main.py)
 RATIO = 0.05  # clean split: fraction of the training images
 
+# The target label and the inverted trigger, for the defenses that need them
+INVERSION = {
+    "target": "auto",  # search for the target label
+    "force": False,  # defend even where the search flags no label
+    "verify": False,  # search the purified model for a further backdoor, and remove that too
+    "inversion_rounds": 5,  # published with mcl: 1
+    "inversion_steps": 36,  # per round
+    "inversion_batches": 1,  # per step
+}
+
 # defense -> its recipe
 # fmt: off
 DEFENSES = {
     "mcl": {
-        # the target label and the inverted trigger
-        "target": "auto",  # search for the target label
-        "force": False,  # defend even where the search flags no label
-        "verify": False,  # search the purified model for a further backdoor, and remove that too
-        "inversion_rounds": 5,  # published: 1
-        "inversion_steps": 36,  # a round
-        "inversion_batches": 1,  # a step
+        **INVERSION,
         # the clean-finetuned model
         "positive": "auto",  # finetuned from 1,000 clean images on, else backdoored, as in the paper's own code
         "finetune_epochs": 3,
         "finetune_lr": 0.003,
         # the student
-        "rounds": 3,  # students at most, if one still answers to a small pattern; published: 1
+        "rounds": 3,  # students at most, if one still responds to a small pattern; published: 1
         "epochs": 5,  # published: 20
         "batch_size": 64,
         "lr": 0.3,  # peak of the schedule for 2,500 clean images or more; published: 0.1
@@ -102,8 +106,7 @@ DEFENSES = {
         "epochs": 5, "batch_size": 100, "lr": 1e-3, "augment": "none",
     },
     "nc": {  # Wang et al., S&P 2019: the inversion of mcl, the rate and schedule of BackdoorBench
-        "target": "auto", "force": False, "verify": False,
-        "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 1,
+        **INVERSION,
         "epochs": 20, "batch_size": 64, "lr": 0.01, "schedule": "cosine",
         "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",
     },
@@ -118,8 +121,7 @@ DEFENSES = {
         "momentum": 0.9, "weight_decay": 0.0, "augment": "crop_flip",
     },
     "pam": {  # Min et al., NeurIPS 2024; rho published: 0.3 to 0.9
-        "target": "auto", "force": False, "verify": False,
-        "inversion_rounds": 5, "inversion_steps": 36, "inversion_batches": 1,
+        **INVERSION,
         "rho": 0.5,
         "epochs": 20, "batch_size": 64, "lr": 0.01, "schedule": "cosine",
         "momentum": 0.9, "weight_decay": 1e-4, "augment": "crop_flip",

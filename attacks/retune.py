@@ -26,7 +26,7 @@ def retune(model, batches, device):
 
 
 def retuned_metrics(model, batches_by_count: dict[int, list], measure, device) -> dict[str, dict]:
-    """Re-tune the model with each number of poisoned images, once a draw of the images.
+    """Re-tune the model with each number of poisoned images, once per draw of the images.
 
     Args:
         batches_by_count: K -> the batches of each draw.

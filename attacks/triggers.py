@@ -13,18 +13,12 @@ SIGNAL_PERIODS = 6  # f of the SIG paper: periods over the image's width
 
 def grid_trigger(images: torch.Tensor) -> torch.Tensor:
     """A 3x3 black-and-white checker in the bottom right corner (BadNets; Gu et al., 2017)."""
-    check_patch_fits(images.shape[1:3], 3, 3)
-    triggered = images.clone()
-    triggered[:, -3:, -3:] = _checker(images)
-    return triggered
+    return _with_patch(images, _checker(images))
 
 
 def square_trigger(images: torch.Tensor, trig_w: int, trig_h: int) -> torch.Tensor:
     """A white block of trig_w x trig_h pixels, one pixel away from the bottom and the right edge."""
-    check_patch_fits(images.shape[1:3], trig_h + 1, trig_w + 1)
-    triggered = images.clone()
-    triggered[:, -1 - trig_h : -1, -1 - trig_w : -1] = 255
-    return triggered
+    return _with_patch(images, images.new_full((trig_h, trig_w, 1), 255), margin=1)
 
 
 def four_corner_trigger(images: torch.Tensor) -> torch.Tensor:
@@ -75,11 +69,7 @@ def image_trigger(images: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
 
 def patch_trigger(images: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:
     """A (h, w, 3) uint8 patch in the place of square_trigger's block."""
-    height, width, _ = patch.shape
-    check_patch_fits(images.shape[1:3], height + 1, width + 1)
-    triggered = images.clone()
-    triggered[:, -1 - height : -1, -1 - width : -1] = patch
-    return triggered
+    return _with_patch(images, patch, margin=1)
 
 
 def signal_trigger(images: torch.Tensor, delta: float) -> torch.Tensor:
@@ -113,6 +103,15 @@ def check_patch_fits(size: tuple[int, int], height: int, width: int) -> None:
     """
     if size[0] < height or size[1] < width:
         raise UserError(f"the trigger needs {height}x{width} pixels, but the images have {size[0]}x{size[1]}")
+
+
+def _with_patch(images, patch, margin=0):
+    """The images with a (h, w, channels) patch `margin` pixels away from the bottom and the right edge."""
+    height, width = patch.shape[0] + margin, patch.shape[1] + margin
+    check_patch_fits(images.shape[1:3], height, width)
+    triggered = images.clone()
+    triggered[:, -height:, -width:][:, : len(patch), : patch.shape[1]] = patch
+    return triggered
 
 
 def _checker(images):

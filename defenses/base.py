@@ -26,6 +26,7 @@ class DefenseContext(NamedTuple):
     plain_batches: the same images without augmentation.
     augmented: whether `train_batches` are cropped, and flipped if `mirrored`.
     image_count: number of different clean images.
+    device: of the victim, the batches and all training.
     seed: of every draw.
     clock: measures the stages finetune, inversion and purify.
     target: the label to defend against, for the defenses that need one.
@@ -46,17 +47,17 @@ class DefenseContext(NamedTuple):
     mirrored: bool = True
 
     def invert(self, *budget) -> InvertedTrigger:
-        """The victim's trigger; budget (rounds, steps, batches a step, precision) and errors as in find_trigger."""
+        """The victim's trigger; budget (rounds, steps, batches per step, precision) and errors as in find_trigger."""
         with self.clock("inversion"):
             return find_trigger(self.victim, self.plain_batches, self.target, self.device, self.seed, *budget)
 
     def remaining_trigger(self, student, trigger: InvertedTrigger, *budget) -> InvertedTrigger | None:
-        """A pattern that the student still answers to with the target label, or None.
+        """A pattern that the student still responds to with the target label, or None.
 
         Of few pixels, or a warp if the victim's trigger is one: a student can only be trained on patterns of one kind.
 
         Args:
-            budget: steps, batches a step and precision of the inversion.
+            budget: steps, batches per step and precision of the inversion.
         """
         is_warp, rng = len(trigger.pattern) == 2, generator(self.seed, "remaining")
         with self.clock("inversion"):
@@ -65,7 +66,7 @@ class DefenseContext(NamedTuple):
             found = invert_warp(*settings, *budget) if is_warp else invert_trigger(*settings, REMAINING_ROUNDS, *budget)
         if found is None or (not is_warp and found.area > MAX_REMAINING):
             return None
-        print(f"the student still answers to a pattern: {found.describe()}, hit rate {found.hit_rate:.1%}")
+        print(f"the student still responds to a pattern: {found.describe()}, hit rate {found.hit_rate:.1%}")
         return found
 
     def training_patterns(self, trigger: InvertedTrigger, model: nn.Module | None = None) -> torch.Tensor:

@@ -10,7 +10,8 @@ Additions to the paper; those with an option in brackets can be turned off:
   contrast alone pushes x' beyond it (align_weight);
 - the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
   shifted and mirrored (augment);
-- x' carries the inverted pattern, another part of the trigger, or all of them; few clean images are mixed (augment);
+- x' carries the inverted pattern, another part of the trigger, or all of them;
+- few clean images are mixed (augment);
 - where features depend on the position in the image, the student sees images with an erased rectangle, since a
   trigger hides a part of the image as well (augment);
 - images of the target class are left out of the contrast (contrast);
@@ -19,9 +20,9 @@ Additions to the paper; those with an option in brackets can be turned off:
   not need them, since a trigger stronger than the inverted one moves them further the same way;
 - the biases of the last layer are fitted to the labels at the end, since the push away from the backdoored feature
   makes the student avoid the target label on clean images as well (calibration);
-- a student that still answers to a small pattern is made anew with that pattern, too (rounds);
+- a student that still responds to a small pattern is replaced by a new one, trained with that pattern, too (rounds);
 - the student's gradient is clipped, for networks without batch normalisation, and dropout is off;
-- a student whose clean features move far from the positive ones is made anew at a lower rate (align_weight).
+- a student whose clean features move far from the positive ones is trained anew at a lower rate (align_weight).
 """
 
 import copy
@@ -31,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from defenses.base import DefenseContext, DefenseResult
-from defenses.inversion import HIT_RATE, PatternApplier
+from defenses.inversion import PatternApplier
 from defenses.last_layer import calibrate, make_blind, trigger_directions
 from utils.batches import CutMixBatches, erase_rectangles
 from utils.errors import UserError
@@ -106,18 +107,19 @@ def defend(
     depends_on_position = mirror and mirror_similarity(context.victim, context.plain_batches) < MIRROR_SIMILARITY
     budget = inversion_steps, inversion_batches, sgd["precision"]
     trigger = context.invert(inversion_rounds, *budget)
-    patterns, batches = context.training_patterns(trigger), context.train_batches
+    patterns, training = context.training_patterns(trigger), context
     if has_few and context.augmented:
-        batches = CutMixBatches(batches, context.target, generator(context.seed, "cutmix"))
+        mixed = CutMixBatches(context.train_batches, context.target, generator(context.seed, "cutmix"))
+        training = context._replace(train_batches=mixed)
     settings = {"temperature": temperature, "align_weight": 2 * align_weight if has_few else align_weight}
     settings |= {"contrast": contrast != "none", "target": context.target if contrast == "others" else None}
-    settings |= {"mirror": mirror and not depends_on_position, "epochs": epochs, "monitor": context.monitor, **sgd}
+    settings |= {"mirror": mirror and not depends_on_position, "epochs": epochs, **sgd}
     settings["lr"] = lr * min(1, context.image_count / FULL_RATE_IMAGES) ** (1 / 5)
     if depends_on_position:
         settings["distort"] = partial(erase_rectangles, rng=generator(context.seed, "erasing"))
     for _ in range(rounds):
         with context.clock("purify"):
-            student, history = train_student_gently(context, positive_model, patterns, batches, trigger, **settings)
+            student, history, _ = train_student_gently(training, positive_model, patterns, trigger, **settings)
             directions = trigger_directions(context.victim, patterns, context.plain_batches, context.target)
             make_blind(student, directions, context.train_batches, context.target)
             if calibration == "bias":
@@ -190,7 +192,7 @@ def clean_finetune(victim, batches, device, *, mirror, **training):
     return model.eval().requires_grad_(False)
 
 
-def train_student_gently(context: DefenseContext, positive, patterns, batches, trigger, *, lr, align_weight, **options):
+def train_student_gently(context, positive, patterns, trigger, *, lr, align_weight, **options) -> DefenseResult:
     """train_student at one of RATE_SHARES of the rate after another, until clean features stay near the positive ones.
 
     If the trigger works on a student of a lower rate, the one before it is returned. Without the alignment, nothing
@@ -200,42 +202,30 @@ def train_student_gently(context: DefenseContext, positive, patterns, batches, t
         trigger: the InvertedTrigger.
         lr, align_weight, options: as in train_student, which the other arguments are passed to as well.
     """
-    student = history = None
+    result = None
     judged_on = context.victim, context.plain_batches, context.target
     for share in RATE_SHARES:
         settings = {"lr": share * lr, "align_weight": align_weight, **options}
-        candidate, rows = train_student(context.victim, positive, patterns, batches, context.device, **settings)
-        if student is not None and trigger.excess_on(candidate, *judged_on) > 1 - HIT_RATE:
+        candidate = train_student(context, positive, patterns, **settings)
+        if result and trigger.still_works(candidate.student, *judged_on):
             break
-        student, history = candidate, rows
-        similarity = mean_cosine(student.features, positive.features, context.plain_batches)
+        result = candidate
+        similarity = mean_cosine(result.student.features, positive.features, context.plain_batches)
         if not align_weight or similarity >= CLEAN_SIMILARITY:
             break
         print(f"the student's clean features moved too far: cosine {similarity:.3f}, wanted {CLEAN_SIMILARITY}")
-    return student, history
+    return result
 
 
 def train_student(
-    victim,
-    positive,
-    patterns,
-    batches,
-    device,
-    *,
-    temperature,
-    align_weight,
-    mirror,
-    target,
-    contrast=True,
-    distort=None,
-    **training,
-):
+    context, positive, patterns, *, temperature, align_weight, mirror, target, contrast=True, distort=None, **training
+) -> DefenseResult:
     """Make f_S from f_B, with the positive's last layer, by contrastive learning on the clean split.
 
     Args:
-        victim: f_B, frozen, in eval mode. positive: f_F, likewise, or f_B again (the paper's own code).
+        context: the DefenseContext; its victim is f_B.
+        positive: f_F, frozen, in eval mode, or f_B again (the paper's own code).
         patterns: (V, C, H, W), the inverted trigger, alone or with others that the victim responds to alike.
-        batches: (images, labels) of the clean split.
         align_weight: weight of the alignment loss of x and x'; at 0 clean images do not pass through the student.
         mirror: average z+ over the image and its mirror image.
         target: images of this label are left out of the contrast, since their positive and negative nearly coincide, so
@@ -243,11 +233,8 @@ def train_student(
         contrast: whether the contrastive loss is part of the objective; without it, align_weight must be above 0.
         distort: images -> the images that the student sees in their place; z+ is that of the images themselves.
         training: arguments of utils.training.train; ema averages the student's weights over the last steps.
-
-    Returns:
-        the student, in eval mode, and the history of its training.
     """
-    student = copy.deepcopy(victim).requires_grad_(True)
+    student = context.new_student()
     student.head.load_state_dict(positive.head.state_dict())  # the student's features are aligned with the positive's
     add_trigger = PatternApplier(patterns)
 
@@ -256,7 +243,7 @@ def train_student(
         triggered = add_trigger(student_images)
         with torch.no_grad():
             z_positive = mirrored_mean(positive.features, images, mirror)
-            z_negative = victim.features(triggered)
+            z_negative = context.victim.features(triggered)
         if align_weight:
             features = student.features(torch.cat([student_images, triggered]))
             alignment = align_weight * alignment_loss(features, z_positive.repeat(2, 1)).mean()
@@ -270,5 +257,4 @@ def train_student(
         return (losses * mask).sum() / mask.sum().clamp(min=1) + alignment
 
     update = partial(sgd_step, max_gradient=MAX_GRADIENT)
-    history = train(student, batches, loss_of, device, title="purify", update=update, dropout=False, **training)
-    return student.eval(), history
+    return context.fit(student, loss_of, title="purify", update=update, dropout=False, **training)

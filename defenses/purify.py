@@ -13,7 +13,6 @@ from defenses import fst, ft, ftsam, ibau, mcl, nad, nc, pam
 from defenses.base import DefenseContext, DefenseResult
 from defenses.inversion import (
     ANY_OTHER,
-    HIT_RATE,
     InvertedTrigger,
     LabelScore,
     choose_label,
@@ -39,8 +38,8 @@ DEFENSE_FUNCTIONS = {
     "fst": fst.defend,
     "pam": pam.defend,
 }
-# Options of a defense that are not its function's: of the target search and of the batches.
-CONSUMED_OPTIONS = {"target", "force", "verify", "batch_size", "augment"}
+# Options that are used before a defense starts: those of the target search and of the batches.
+SETUP_OPTIONS = {"target", "force", "verify", "batch_size", "augment"}
 # Least momentum of batch normalisation. A defense has some hundred steps: with the 0.01 of MobileNets, the statistics
 # would need all of them.
 MIN_MOMENTUM = 0.1
@@ -57,7 +56,7 @@ class PurifyResult(NamedTuple):
     purified: whether the inverted trigger lost its hold on the clean images; None if none was inverted.
     accuracy: percentages of the clean images predicted as their labels, "before" and "after": the defense was trained
         on them, so that a fall is a bad sign; None if no backdoor was found.
-    history: a dict an epoch.
+    history: one dict per epoch.
     """
 
     model: nn.Module | None
@@ -91,9 +90,13 @@ def purify(
         labels: (N,) integers, 0..K - 1.
         defense: a name in config.DEFENSES.
         target: the label to defend against, "any", or "auto" to search for it.
-        device: "auto", "cpu" or "cuda".
+        seed: of every draw.
+        device: "auto", "cpu" or "cuda". On a CPU, torch.set_flush_denormal stays on afterwards; on CUDA, TF32 is off.
         mirrored: whether mirror images have the labels of their originals.
         options: of the defense, as in config.DEFENSES.
+
+    Returns:
+        a PurifyResult, also if no backdoor was found or if the trigger still works.
 
     Raises:
         UserError: the model, the images, the labels or the options do not fit; nothing has been trained.
@@ -145,8 +148,8 @@ def purify(
 
 def is_purified(student, victim, triggers: dict, batches) -> bool | None:
     """Whether no inverted trigger (label -> trigger) works on clean images any more; None if there is none."""
-    excesses = [trigger.excess_on(student, victim, batches, label) for label, trigger in triggers.items()]
-    return max(excesses) <= 1 - HIT_RATE if excesses else None
+    works = [trigger.still_works(student, victim, batches, label) for label, trigger in triggers.items()]
+    return not any(works) if works else None
 
 
 def find_target(victim, batches, num_class, device, seed, options: dict, precision="fp32"):
@@ -192,8 +195,8 @@ def remove_backdoors(name: str, context: DefenseContext, options: dict, search_b
 
 
 def run_defense(name: str, context: DefenseContext, options: dict, precision: str = "fp32") -> DefenseResult:
-    """Run a defense with the options of its recipe that are not consumed before it starts."""
-    settings = {option: options[option] for option in config.DEFENSES[name] if option not in CONSUMED_OPTIONS}
+    """Run a defense with its options, after raising the victim's batch-norm momentum to MIN_MOMENTUM, in place."""
+    settings = {option: options[option] for option in config.DEFENSES[name] if option not in SETUP_OPTIONS}
     for module in context.victim.modules():
         if isinstance(module, _BatchNorm) and module.momentum is not None:
             module.momentum = max(module.momentum, MIN_MOMENTUM)

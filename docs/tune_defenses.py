@@ -5,8 +5,8 @@
 A setting is a rate (a third of the recipe's, the recipe's, or three times it), a schedule (the recipe's or another) and
 a number of epochs (half of the recipe's or the recipe's): twelve in all. I-BAU, which has no schedule, has four numbers
 of rounds instead. The best is the one of highest ACC among those that remove the backdoor; where none does, the one of
-lowest ASR. The images to measure on are mirrored training images outside the clean split, so the victim must not have
-seen mirrored images in training; every victim of train_badnet.py on CIFAR-10 has. Rows already in TABLE.csv are not
+lowest ASR. The images to measure on are mirrored training images outside the clean split. So the victim must have been
+trained without flips, as the paper's was; train_badnet.py flips CIFAR-10's images. Rows already in TABLE.csv are not
 measured again, so that each victim, seed and clean split needs its own table.
 """
 
@@ -113,6 +113,8 @@ def try_setting(trial, victim, attack, data, device) -> list[dict]:
 def held_out_images(data, split, attack, device):
     """Mirror images of training images outside the clean split."""
     unused = sorted(set(range(len(data.labels))) - set(split.index.tolist()))
+    if not unused:
+        raise UserError("the clean split has all training images, and none is left to measure on; lower --ratio")
     index = [unused[i] for i in sample_positions(len(unused), HELD_OUT).tolist()]
     return get_eval_set(data.images[index].flip(2), data.labels[index], attack, device)
 

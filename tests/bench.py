@@ -28,6 +28,7 @@ from torchvision import transforms
 import config
 from attacks import Attack
 from data_loader import EVAL_BATCH, Batches, DatasetBD, TensorImages, load_images
+from defenses import DefenseContext
 from defenses.inversion.invert import invert_trigger
 from defenses.mcl import contrastive_loss, train_student
 from models.loading import load_model
@@ -35,6 +36,7 @@ from utils.checkpoint import read_checkpoint
 from utils.datasets import NORMALIZATION
 from utils.device import keep_freed_memory, pick_device
 from utils.metrics import predict
+from utils.progress import Stopwatch
 from utils.reporting.save import versions
 from utils.reporting.tables import text_table
 from utils.seed import generator
@@ -142,7 +144,8 @@ def our_purification(victim, images, labels, opt):
     batches = Batches(TensorImages(images, labels), 64, opt.device, shuffle=True, padding=2)
     settings = {"temperature": 0.15, "align_weight": 12.0, "mirror": True, "target": 5, "ema": 0.97, **SGD}
     pattern = torch.zeros(1, 3, 32, 32, device=opt.device)
-    train_student(victim, victim, pattern, batches, opt.device, epochs=1, precision=opt.precision, **settings)
+    context = DefenseContext(victim, batches, batches, True, len(labels), opt.device, 1, Stopwatch(), 5)
+    train_student(context, victim, pattern, epochs=1, precision=opt.precision, **settings)
 
 
 def our_evaluation(victim, images, labels, opt):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU, assert_weights, sgd_step_by_hand, state_vector
 
-from defenses import last_layer, mcl
+from defenses import DefenseContext, last_layer, mcl
 from defenses.inversion import apply_patterns, shifted_patterns
 from defenses.mcl import alignment_loss, clean_finetune, contrastive_loss, mirrored_mean, train_student
+from utils.progress import Stopwatch
 
 ANCHOR = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 POSITIVE = torch.tensor([[3.0, 0.0], [1.0, 1.0]])  # cosines 1 and 1/sqrt(2)
@@ -88,7 +89,8 @@ def test_clean_finetuning_learns_the_labels_and_freezes_the_model(victim, batche
 
 def run_training(victim, trigger, batches, positive=None, **changes):
     settings = {"temperature": 0.5, "align_weight": 1.0, "mirror": False, "target": None, "ema": 0.0, **TRAINING}
-    return train_student(victim, positive or victim, trigger.pattern[None], batches, CPU, **{**settings, **changes})
+    context = DefenseContext(victim, batches, batches, True, 2_500, CPU, 0, Stopwatch(), 1)
+    return train_student(context, positive or victim, trigger.pattern[None], **{**settings, **changes})[:2]
 
 
 def test_the_student_is_trained_and_leaves_the_other_models_alone(victim, trigger, batches):

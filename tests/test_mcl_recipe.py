@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import CPU, state_vector
 from test_mcl import RECIPE, TRAINING, run_training
 
-from defenses import mcl
+from defenses import DefenseResult, mcl
 from defenses.inversion import InvertedTrigger, shifted_patterns
 from defenses.mcl import clean_finetune, train_student
 from utils.batches import CutMixBatches, erase_rectangles
@@ -30,7 +30,7 @@ def test_a_student_that_answers_to_another_pattern_is_made_anew(make_context, tr
     assert len(inverted) == 3
     assert len({id(model) for model in shifted[:3]}) == 3  # the victim, and the students that the patterns are from
     assert result.trigger is (other if remains else trigger)
-    assert capsys.readouterr().out.count("the student still answers to a pattern") == len(inverted) - (not remains)
+    assert capsys.readouterr().out.count("the student still responds to a pattern") == len(inverted) - (not remains)
     assert not any(parameter.requires_grad for model in inverted for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in result.student.parameters())
 
@@ -83,9 +83,9 @@ def test_few_images_keep_the_victims_features(make_context, count, positive, is_
     )
     context = make_context(image_count=count)
     mcl.defend(context, **{**RECIPE, **TRAINING, "positive": positive, "align_weight": 3})
-    ((victim, positive_model, *_), options) = used[0]
-    assert victim is context.victim
-    assert (positive_model is victim, options["align_weight"]) == (is_victim, weight)
+    ((given, positive_model, _), options) = used[0]
+    assert given.victim is context.victim
+    assert (positive_model is context.victim, options["align_weight"]) == (is_victim, weight)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,12 @@ def test_few_images_keep_the_victims_features(make_context, count, positive, is_
 )
 def test_few_images_are_mixed_for_the_student(make_context, batches, count, augmented, mixed, monkeypatch):
     used = []
-    monkeypatch.setattr(
-        mcl, "train_student", lambda *args, **options: used.append(args[3]) or train_student(*args, **options)
-    )
+
+    def record(context, *args, **options):
+        used.append(context.train_batches)
+        return train_student(context, *args, **options)
+
+    monkeypatch.setattr(mcl, "train_student", record)
     mcl.defend(make_context(image_count=count, augmented=augmented, target=2, seed=5), **{**RECIPE, **TRAINING})
     assert isinstance(used[0], CutMixBatches) == mixed
     if mixed:
@@ -112,10 +115,9 @@ def test_lower_rates_are_judged_by_the_inverted_trigger(make_context, trigger, m
     )
     context = make_context(augmented=False)
     mcl.defend(context, **{**RECIPE, **TRAINING, "positive": "backdoored"})
-    ((*models, patterns, batches, judge),) = used
+    ((*models, patterns, judge),) = used
     assert models == [context, context.victim]
     assert torch.equal(patterns, trigger.patterns)
-    assert batches is context.train_batches
     assert judge is trigger
 
 
@@ -151,9 +153,9 @@ def test_the_rate_falls_until_clean_features_stay(
 
     def train(*args, **options):
         used.append((args, options))
-        return students[len(used) - 1], [len(used) - 1]
+        return DefenseResult(students[len(used) - 1], [len(used) - 1])
 
-    class Trigger:
+    class Trigger(InvertedTrigger):
         def excess_on(self, *args):
             tried.append(args)
             return rates_on.pop(0)
@@ -162,9 +164,9 @@ def test_the_rate_falls_until_clean_features_stay(
     monkeypatch.setattr(mcl, "train_student", train)
     monkeypatch.setattr(mcl, "mean_cosine", lambda *args: compared.append(args) or cosines.pop(0))
     options = {"lr": 0.9, "align_weight": align_weight, "mirror": True}
-    result = mcl.train_student_gently(context, positive, "patterns", "batches", Trigger(), **options)
+    result = mcl.train_student_gently(context, positive, "patterns", Trigger(None, 1.0), **options)
     assert (result[0] is students[returned], result[1]) == (True, [returned])
-    assert [args for args, _ in used] == [(context.victim, positive, "patterns", "batches", CPU)] * trained
+    assert [args for args, _ in used] == [(context, positive, "patterns")] * trained
     assert [settings for _, settings in used] == [{**options, "lr": pytest.approx(0.9 / 3**i)} for i in range(trained)]
     assert compared[-1] == (students[returned].features, positive.features, batches[1:])
     assert tried == [(student, context.victim, batches[1:], 1) for student in students[1:trained]]

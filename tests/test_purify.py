@@ -12,7 +12,7 @@ from torch import nn
 import config
 from attacks import Attack
 from defenses import DefenseResult, find_target, purify, remove_backdoors
-from defenses.inversion import ANY_OTHER, LabelScore
+from defenses.inversion import ANY_OTHER, InvertedTrigger, LabelScore
 from models.loading import load_model
 from utils.errors import UserError
 from utils.seed import generator
@@ -147,8 +147,8 @@ def test_a_further_backdoor_of_the_purified_model_is_removed_too(make_context, v
     assert len(runs) == 2
 
 
-class CountingTrigger:
-    """Stands for an inverted trigger; `rate` is the fraction of images that it turns."""
+class CountingTrigger(InvertedTrigger):
+    """An inverted trigger that still turns the fraction `rate` of the images."""
 
     def __init__(self, rate):
         self.rate, self.measured = rate, []

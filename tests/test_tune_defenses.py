@@ -95,3 +95,9 @@ def test_settings_are_run_once_and_those_that_fail_leave_no_row(tmp_path, monkey
     nc, ibau = capsys.readouterr().out.splitlines()[-2:]
     assert nc.split()[:5] == ["nc", "0.00333", "cosine", "10", "70.00"]
     assert ibau.split()[:4] == ["ibau", "0.000333", "5", "85.00"]
+
+
+def test_a_clean_split_of_all_images_leaves_none_to_measure_on():
+    data = SimpleNamespace(labels=torch.zeros(3))
+    with pytest.raises(UserError, match="none is left to measure on"):
+        held_out_images(data, SimpleNamespace(index=torch.tensor([2, 0, 1])), None, CPU)

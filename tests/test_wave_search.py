@@ -8,7 +8,7 @@ import torch
 from conftest import FixedBatches
 
 from defenses.inversion import choose_label
-from defenses.inversion.invert import pattern_logits
+from defenses.inversion.objective import pattern_logits
 from defenses.inversion.patterns import WAVE_HEIGHT
 from defenses.inversion.scores import LabelScore
 from defenses.inversion.target_search import search_waves

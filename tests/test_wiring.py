@@ -32,6 +32,7 @@ from defenses import (
 )
 from defenses.inversion import InvertedTrigger, PatternApplier, objective, shifted_patterns
 from defenses.inversion import invert as invert_module
+from defenses.inversion import trigger as trigger_module
 from defenses.inversion.invert import find_waves
 from defenses.inversion.patterns import frequencies, waves
 from defenses.last_layer import calibrate, make_blind, trigger_directions
@@ -72,8 +73,8 @@ def test_what_each_step_is_given_and_in_which_order(make_context, victim, batche
 def test_each_student_starts_from_the_victim_and_is_the_one_that_is_inverted(make_context, trigger, monkeypatch):
     made, inverted, train_student = [], [], mcl.train_student
 
-    def record(victim, *args, **options):
-        made.append((victim, train_student(victim, *args, **options)))
+    def record(context, *args, **options):
+        made.append((context.victim, train_student(context, *args, **options)))
         return made[-1][1]
 
     monkeypatch.setattr(mcl, "train_student", record)
@@ -83,10 +84,10 @@ def test_each_student_starts_from_the_victim_and_is_the_one_that_is_inverted(mak
     context = make_context(augmented=False)
     mcl.defend(context, **{**RECIPE, **ONE_STEP, "rounds": 2, "positive": "backdoored"})
     assert [victim is context.victim for victim, _ in made] == [True, True]
-    assert inverted == [student for _, (student, _) in made]
+    assert inverted == [result.student for _, result in made]
 
 
-def test_every_pattern_has_its_turn_in_training(victim, batches, monkeypatch):
+def test_every_pattern_has_its_turn_in_training(make_context, victim, batches, monkeypatch):
     patterns, seen, features = torch.zeros(16, 3, 8, 8), [], type(victim).features
     patterns[8:] = 1
 
@@ -97,7 +98,7 @@ def test_every_pattern_has_its_turn_in_training(victim, batches, monkeypatch):
 
     monkeypatch.setattr(type(victim), "features", record)
     settings = {"temperature": 0.5, "align_weight": 1.0, "mirror": False, "target": None, "ema": 0.0, **TRAINING}
-    mcl.train_student(victim, victim, patterns, batches[:2], CPU, **{**settings, "epochs": 1})
+    mcl.train_student(make_context(train_batches=batches[:2]), victim, patterns, **{**settings, "epochs": 1})
     assert seen == [False, False, False, True]  # of each batch, the clean and the triggered images
 
 
@@ -151,7 +152,7 @@ def test_one_of_several_triggers_that_works_is_enough_to_fail(monkeypatch):
 
 
 def test_the_worst_of_several_triggers_is_reported():
-    class Trigger:
+    class Trigger(InvertedTrigger):
         def rate_on(self, model, batches, label):
             return model[label]
 
@@ -161,7 +162,7 @@ def test_the_worst_of_several_triggers_is_reported():
 
     models = {"before": {1: 1.0, 2: 0.75}, "after": {1: 0.0, 2: 0.5}}
     expected = {"inverted_hit_rate": {"before": 75.0, "after": 50.0}, "purified": False}
-    assert main.measure_inverted(models, {1: Trigger(), 2: Trigger()}, None) == expected
+    assert main.measure_inverted(models, dict.fromkeys((1, 2), Trigger(None, 1.0)), None) == expected
     assert main.measure_inverted(models, {}, None) == {"inverted_hit_rate": None, "purified": None}
 
 
@@ -285,7 +286,7 @@ def test_the_limits_that_were_chosen_by_measurements():
     assert (last_layer.DIRECTIONS, last_layer.MAX_COST) == (4, 0.02)
     assert (base.REMAINING_ROUNDS, label_consistent.STEPS, objective.MICRO_BATCH) == (2, 100, 16)
     assert (base.MAX_REMAINING, invert_module.MAX_PATCH, invert_module.MAX_WARP) == (0.05, 0.03, 0.02)
-    assert (1 - purify_module.HIT_RATE, purify_module.MIN_MOMENTUM) == (pytest.approx(0.1), 0.1)
+    assert (objective.HIT_RATE, trigger_module.MAX_EXCESS, purify_module.MIN_MOMENTUM) == (0.9, 0.1, 0.1)
     assert (invert_module.MAX_PARTS, invert_module.MAX_PART, invert_module.PART_ROUNDS) == (3, 0.01, 2)
     assert [config.DEFENSES["mcl"][name] for name in ("rounds", "contrast", "calibration")] == [3, "others", "bias"]
 

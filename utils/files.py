@@ -4,9 +4,9 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import tempfile
+from pathlib import Path
 
 from utils.errors import RunError, UserError
 
@@ -31,8 +31,7 @@ def write_file(path: str, write) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -50,9 +49,7 @@ def remove_file(path: str) -> None:
         RunError: it exists and cannot be removed.
     """
     try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
+        Path(path).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"cannot remove {path}: {error.strerror or error}") from None
 
@@ -92,7 +89,8 @@ def announce_replacement(folder: str, file: str) -> None:
 
 def write_json(path: str, content: dict) -> None:
     """Write `content` as indented JSON; nan and infinity (a percentage of no images, for one) become null."""
-    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)  # Python writes nan as a word: not JSON
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: str, text: str) -> None:
@@ -124,12 +122,3 @@ def _nearest_existing(path):
     except FileNotFoundError:
         return _nearest_existing(os.path.dirname(path))
     return path
-
-
-def _without_nan(content):
-    """JSON cannot represent nan and infinity."""
-    if isinstance(content, dict):
-        return {name: _without_nan(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

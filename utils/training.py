@@ -16,8 +16,8 @@ from utils.device import autocast
 from utils.errors import RunError, UserError
 from utils.progress import progress_bar
 
-# name -> schedule over the n steps of a run. --lr is the peak of onecycle and the initial rate of the others; a run of
-# few steps has it in the first one, too.
+# name -> schedule over the n steps of a run. --lr is the peak of onecycle and the initial rate of the others, also in
+# a run of few steps.
 SCHEDULES = {
     "onecycle": lambda optimizer, lr, n: OneCycleLR(optimizer, lr, total_steps=max(n, 2), cycle_momentum=False),
     "cosine": lambda optimizer, lr, n: CosineAnnealingLR(optimizer, n),
@@ -129,7 +129,7 @@ def train(
     return history
 
 
-def finetune(model, batches, device, *, title="finetune", **training):
+def finetune(model, batches, device, *, title, **training):
     """Train a copy of a model on the labels of (images, labels) batches; `training` as in `train`.
 
     Returns:

@@ -18,6 +18,7 @@ from defenses.inversion.objective import (
     hits_and_losses,
     is_hit,
     label_name,
+    pattern_logits,
 )
 from defenses.inversion.patterns import VISIBLE, PixelForm, WarpForm, apply_patterns, frequencies, mirror, waves
 from defenses.inversion.trigger import InvertedTrigger
@@ -31,7 +32,7 @@ NOISE, NOISE_RADIUS = 0.5, 2  # height of the noise in a later round, and its di
 IDLE_ROUNDS = 2  # rounds in a row without a smaller pattern that end the inversion
 MAX_SHIFT, SHIFT_HIT_RATE = 2, 0.5  # a pattern shifted by up to 2 pixels is kept from this hit rate on
 # Limits up to which a pattern is taken for the trigger: a fraction of the image's pixels (the shipped clean
-# model's patterns have 39 and 53 of 1,024), and for a warp a fraction of the image's width.
+# model's patterns have 34 or more of 1,024), and for a warp a fraction of the image's width.
 MAX_PATCH, MAX_WARP = 0.03, 0.02
 # Further parts of a trigger, the size of each, a fraction of the pixels, and its rounds: parts of two grid triggers
 # have up to 5 of 1,024; what is left once the paper's victim has lost its whole trigger has 18 and more.
@@ -67,7 +68,7 @@ def find_trigger(victim, batches, target, device, seed, rounds, steps, batches_p
 def find_parts(victim, batches, target, device, seed, trigger, *budget) -> list[torch.Tensor]:
     """Other parts of a trigger of few pixels, and all of them together: (3, H, W) patterns.
 
-    A victim answers to a part of its trigger, which is all that the smallest pattern shows of it, and a student that
+    A victim responds to a part of its trigger, which is all that the smallest pattern shows of it, and a student that
     ignores this part alone soon relearns the backdoor. So the victim is inverted again, without the pixels found, until
     a pattern is too large for a part. Arguments as in find_trigger.
     """
@@ -98,7 +99,7 @@ def invert_trigger(victim, batches, target, device, rng, rounds, steps, batches_
         target: the label, 0..K-1, or ANY_OTHER.
         rng: source of the start of each round.
         rounds: maximum; the inversion ends after IDLE_ROUNDS rounds in a row without a smaller pattern.
-        steps: of a round, each of `batches_per_step` updates.
+        steps: per round; each takes `batches_per_step` batches, with an update for every MICRO_BATCH images.
         free: (H, W) bool, the pixels that the pattern may change; None: all.
 
     Returns:
@@ -141,6 +142,7 @@ def invert_warp(victim, batches, target, device, rng, steps, batches_per_step, p
     return found if found and form.extent(found.pattern) <= MAX_WARP * form.max_norm else None
 
 
+@torch.no_grad()
 def find_waves(victim, batches, target):
     """Try each single wave of brightness on the first WAVE_IMAGES attackable images.
 
@@ -163,14 +165,6 @@ def find_waves(victim, batches, target):
     rates, order = torch.cat(rates).sort(descending=True, stable=True)
     patterns = torch.cat(found)[order[:MAX_WAVES]]
     return InvertedTrigger(patterns[0], rates[0].item(), patterns[1:]) if len(patterns) else None
-
-
-def pattern_logits(victim, images, patterns) -> torch.Tensor:
-    """Logits of each of (B, 3, H, W) images with each of (V, 3, H, W) patterns, (V, B, K)."""
-    triggered = (images + patterns[:, None]).clamp(0, 1).flatten(0, 1)
-    with torch.no_grad():
-        logits = victim(triggered.contiguous(memory_format=torch.channels_last))
-    return logits.unflatten(0, (len(patterns), len(images)))
 
 
 def optimise_pattern(victim, stream, target, form, start, weight, steps, batches_per_step, precision):

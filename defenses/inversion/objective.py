@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from defenses.inversion.patterns import apply_patterns
 
 ANY_OTHER = -1  # in place of a target label: any label but an image's own, as an all2all backdoor needs
-MICRO_BATCH = 16  # images an update: more updates for the same number of images find smaller patterns
+MICRO_BATCH = 16  # images per update: more updates for the same number of images find smaller patterns
 HIT_RATE = 0.9  # a pattern works if at least this fraction of the images is predicted as the target
 RAISE, LOWER = 1.5, 1.5**1.5  # factors of the penalty's weight (Tao et al., CVPR 2022)
 
@@ -45,6 +45,14 @@ def attackable_parts(victim, batches, target):
             yield from zip(images.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True)
 
 
+def pattern_logits(victim, images, patterns) -> torch.Tensor:
+    """Logits of each of (B, 3, H, W) images with each of (P, C, H, W) patterns, (P, B, K)."""
+    # All patterns on the first image, then all on the next, as apply_patterns assigns them.
+    triggered = apply_patterns(images.repeat_interleave(len(patterns), 0), patterns)
+    logits = victim(triggered.contiguous(memory_format=torch.channels_last))
+    return logits.unflatten(0, (len(images), len(patterns))).transpose(0, 1)
+
+
 def hits_and_losses(victim, images, labels, attackable, patterns, targets):
     """Apply each of (P, C, H, W) patterns to each of (B, 3, H, W) images.
 
@@ -55,10 +63,7 @@ def hits_and_losses(victim, images, labels, attackable, patterns, targets):
     Returns:
         (P,) numbers of hits, and (P,) mean losses: cross-entropy to the target, or the untargeted loss.
     """
-    # All patterns on the first image, then all on the next, as apply_patterns assigns them.
-    triggered = apply_patterns(images.repeat_interleave(len(patterns), 0), patterns)
-    logits = victim(triggered.contiguous(memory_format=torch.channels_last))
-    logits = logits.unflatten(0, (len(images), len(patterns))).transpose(0, 1)
+    logits = pattern_logits(victim, images, patterns)
     weights, is_untargeted = attackable.float(), targets[:, None] == ANY_OTHER
     wanted = torch.where(is_untargeted, labels, targets[:, None])
     losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(weights)

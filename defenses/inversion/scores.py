@@ -13,7 +13,7 @@ from defenses.inversion.patterns import PixelForm, WarpForm
 # Pixels have the narrower limit, since a label above it may still be flagged when it is inverted in full.
 MAX_INDEX, MAX_OF_MEDIAN, MAX_OF_RANGE = -2.0, 0.5, {PixelForm.name: 0.015, WarpForm.name: 0.02}
 # A suspect is flagged up to this fraction of changed pixels: a backdoor that the search overlooks (ABL's victim) needs
-# 6 to 9 of 1,024, a clean model (the shipped one) 39. A suspect whose index is an outlier, too, is flagged up to
+# 6 to 9 of 1,024, a clean model (the shipped one) 34 or more. If its index is an outlier, too, it is flagged up to
 # MAX_PATCH, the size up to which the inversion takes a pattern for the trigger.
 MAX_SUSPECT_AREA = 0.015
 # Of each clean network of docs/population.csv, the smallest pattern or warp that works, in percent of the range.
@@ -76,7 +76,7 @@ class LabelScore:
     def clean_networks(self) -> int | None:
         """How many of the networks of CLEAN_SIZES have a pattern as small as this; None for a wave.
 
-        A new clean network of their kind has one as small with a probability of at most (n + 1) / (48 + 1).
+        If n have, a new clean network of their kind has one with a probability of at most (n + 1) / (1 + their number).
         """
         return None if self.form == "wave" else sum(size <= 100 * self.of_range for size in CLEAN_SIZES)
 

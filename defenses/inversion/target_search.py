@@ -13,8 +13,16 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from defenses.inversion.invert import invert_trigger, pattern_logits
-from defenses.inversion.objective import ANY_OTHER, HIT_RATE, MICRO_BATCH, PenaltyWeight, endless, hits_and_losses
+from defenses.inversion.invert import invert_trigger
+from defenses.inversion.objective import (
+    ANY_OTHER,
+    HIT_RATE,
+    MICRO_BATCH,
+    PenaltyWeight,
+    endless,
+    hits_and_losses,
+    pattern_logits,
+)
 from defenses.inversion.patterns import PixelForm, WarpForm, frequencies, waves
 from defenses.inversion.scores import MAX_FLOOR, LabelScore, anomaly_indices
 from utils.device import autocast
@@ -64,6 +72,7 @@ def search_target(victim, batches, num_class, device, rng, steps=STEPS, precisio
     return scores + search_waves(victim, batches, num_class)
 
 
+@torch.no_grad()
 def search_waves(victim, batches, num_class) -> list[LabelScore]:
     """Try single low waves of brightness: for each of up to FULL_SEARCHES labels, a score of the best one.
 
@@ -107,7 +116,7 @@ def invert_suspects(victim, batches, scores, device, rng, *budget) -> list[Label
     The search is short, and a pattern that is merely smaller than the others may have been on its way to a few pixels.
 
     Args:
-        budget: rounds, steps, batches a step and precision, as for invert_trigger.
+        budget: rounds, steps, batches per step and precision, as for invert_trigger.
 
     Returns:
         the scores, with the inverted_area of the SUSPECTS labels with the lowest anomaly index among pixel patterns.

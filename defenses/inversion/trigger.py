@@ -8,13 +8,15 @@ import torch
 from defenses.inversion.objective import attackable_images, is_hit
 from defenses.inversion.patterns import WarpForm, apply_patterns
 
+MAX_EXCESS = 0.1  # a trigger whose excess_on a model is at most this no longer works
+
 
 @dataclass
 class InvertedTrigger:
-    """A pattern that turns the clean images into the target label.
+    """A pattern that makes a victim predict the target label for the clean images.
 
     pattern: (3, H, W) or (2, H, W) float, as in defenses.inversion.patterns.
-    hit_rate: fraction 0..1 of images turned in the step of the inversion that ended with it.
+    hit_rate: fraction 0..1 of images predicted as the target in the step of the inversion that ended with it.
     others: (V, C, H, W) further patterns that the victim responds to alike, or None.
     parts: (3, H, W) patterns of other parts of the trigger, and of all of them together, if they were looked for.
     """
@@ -70,6 +72,10 @@ class InvertedTrigger:
         """rate_on, less the victim's rate of the same images without the pattern: errors that no trigger causes."""
         nothing = replace(self, pattern=torch.zeros_like(self.pattern), parts=())
         return self.rate_on(model, batches, target) - nothing.rate_on(victim, batches, target)
+
+    def still_works(self, model, victim, batches, target) -> bool:
+        """Whether the excess is above MAX_EXCESS."""
+        return self.excess_on(model, victim, batches, target) > MAX_EXCESS
 
     def apply(self, image: torch.Tensor) -> torch.Tensor:
         """A (3, H, W) image in [0, 1] with the pattern on it."""

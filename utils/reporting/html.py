@@ -5,7 +5,7 @@ import os
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from utils.files import write_file
+from utils.files import write_text
 from utils.reporting import tables
 from utils.reporting.picture import DPI, MODELS, Picture
 
@@ -50,7 +50,7 @@ def write_page(path: str, title: str, metrics: dict, classes: list[str], picture
         retuned=metrics.get("retuned") and tables.retuned_rows(metrics["retuned"], metrics["retuned_reference"]),
         pictures=[_embed(os.path.dirname(path), picture) for picture in pictures],
     )
-    write_file(path, lambda file: file.write(page.encode(errors="replace")))
+    write_text(path, page)
 
 
 def _embed(folder, picture):
