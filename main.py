@@ -41,7 +41,7 @@ from utils.reporting.tables import metrics_table, published_rows, retuned_rows, 
 from utils.reporting.tensorboard import open_tensorboard
 from utils.resume import finished_run, resume_command
 
-SAMPLE_IMAGES = 1_000  # of the test set, to measure the inverted trigger on
+INVERTED_IMAGES = 1_000  # of the test set, to measure the inverted trigger on
 
 
 def main():
@@ -71,8 +71,8 @@ def run(opt, explicit, name) -> dict:
     with clock("data"):
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         victim, attack, opt, metadata = load_victim(opt, explicit, test_set, device)
-        images = test_set.images, test_set.labels, attack, device
-        test, part, sample = (get_eval_set(*images, limit) for limit in (None, SAMPLE_IMAGES, SAMPLE_SIZE))
+        eval_set = partial(get_eval_set, test_set.images, test_set.labels, attack, device)
+        test, test_part, sample = eval_set(), eval_set(INVERTED_IMAGES), eval_set(SAMPLE_SIZE)
         split = get_clean_split(opt, train_set, attack, device) if opt.defense != "none" else None
         retuning = get_retuning_batches(opt, train_set, attack, device) if opt.retune else None
         reference = load_reference(opt, attack.num_class, test_set.size, device) if opt.retune else None
@@ -97,7 +97,7 @@ def run(opt, explicit, name) -> dict:
         with clock("evaluate"):
             metrics["after"] = evaluate(models["after"], test, attack)
     with clock("evaluate"):
-        inverted = measure_inverted(models, triggers, part.clean)
+        inverted = measure_inverted(models, triggers, test_part.clean)
     purified = models.get("after") if inverted["purified"] is not False else None
 
     print("", text_table(*published_rows(opt.dataset, **metrics, defense=opt.defense)), "", sep="\n")

@@ -45,7 +45,7 @@ def main():
     if processes.count > 1:
         opt.nproc_per_node = processes.count  # affects the results: each process normalises its own part of a batch
     clock = Stopwatch()
-    weights, results = check_output(opt, processes.is_main)
+    results, weights = check_output(opt, processes.is_main)
     run = Resumable(results, vars(opt), opt.resume)
     if os.path.exists(weights) and run.finished():
         return print(f"nothing to resume: this run has finished; weights: {weights}, results: {results}")
@@ -141,7 +141,7 @@ def load_surrogate(opt, num_class, size, device):
 
 
 def check_output(opt, is_main_process):
-    """The paths of the weights and of the results folder, after a check that both can be written."""
+    """The results folder and the path of the weights, after a check that both can be written."""
     name = victim_name(opt)
     weights = os.path.join(opt.checkpoint_root, opt.dataset, f"{opt.name or name}.pth.tar")
     results = os.path.join(opt.log_root, opt.name or f"{opt.dataset}-{name}")
@@ -152,7 +152,7 @@ def check_output(opt, is_main_process):
             print(f"{weights} is replaced when this training ends; keep it with another --name")
         elif not opt.resume:
             announce_replacement(results, "metrics.json")
-    return weights, results
+    return results, weights
 
 
 def victim_name(opt):

@@ -77,7 +77,7 @@ class DefenseContext(NamedTuple):
         Args:
             model: that the trigger was inverted from; None: the victim.
         """
-        if trigger.others is not None or not self.augmented:
+        if trigger.other_waves is not None or not self.augmented:
             return torch.cat([trigger.patterns, *(part[None] for part in trigger.parts)])
         triggers = [trigger, *(replace(trigger, pattern=part) for part in trigger.parts)]
         settings = self.plain_batches, self.target

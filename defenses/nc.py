@@ -14,10 +14,10 @@ from utils.training import sgd_step
 TRIGGERED = 0.2  # fraction of the images that carry the trigger
 
 
-def trigger_fraction(images: torch.Tensor, add_trigger) -> torch.Tensor:
-    """Apply the trigger to the first fifth of (B, 3, H, W) images.
+def trigger_some(images: torch.Tensor, add_trigger) -> torch.Tensor:
+    """Apply the trigger to the first TRIGGERED of (B, 3, H, W) images.
 
-    Batches come in random order: over an epoch, this is a random fifth of the clean split.
+    Batches come in random order: over an epoch, these are random images of the clean split.
     """
     count = max(1, round(TRIGGERED * len(images)))
     return torch.cat([add_trigger(images[:count]), images[count:]])
@@ -44,7 +44,7 @@ def unlearn(
     def loss_of(images, labels):
         nonlocal given, triggered
         if images is not given:  # PAM passes each batch twice
-            given, triggered = images, trigger_fraction(images, add_trigger)
+            given, triggered = images, trigger_some(images, add_trigger)
         return F.cross_entropy(student(triggered), labels)
 
     return context.fit(student, loss_of, update=make_update(student), **training)._replace(trigger=trigger)

@@ -71,7 +71,7 @@ class Member(NamedTuple):
     """A network of the population: how it is trained."""
 
     name: str
-    attack: str
+    kind: str
     options: list[str]
     images: int
     noise: float
@@ -123,7 +123,7 @@ def train_member(member, folder, opt, device):
     surrogate = load_surrogate(opt, 10, data.size, device)
     attack = build_attack(opt, 10, data.size, surrogate)
     attacks = [attack]
-    if member.attack == "two":
+    if member.kind == "two":
         block, label = {"trig_w": 4, "trig_h": 4}, (opt.target_label + 3) % 10
         attacks.append(Attack("squareTrigger", "all2one", label, 10, opt.inject_portion, block))
         data.images, data.labels, _ = attacks[1].poison(data.images, data.labels, generator(opt.seed, "second"))

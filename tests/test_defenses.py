@@ -64,7 +64,7 @@ def test_finetuning_by_hand(make_context, victim, batches):
 def test_nad_by_hand(make_context, victim, batches):
     images, labels = batches[0]
     finetuning = {"epochs": 1, "lr": FINETUNING["finetune_lr"], "momentum": 0.0, "schedule": "cosine"}
-    teacher, _ = ft.finetune(victim, batches[:1], CPU, **{**SGD, **finetuning})
+    teacher, _ = ft.finetune(victim, batches[:1], CPU, title="", **{**SGD, **finetuning})
     student = student_of(victim)
     teacher_maps, (student_maps, logits) = teacher.maps_and_logits(images)[0], student.maps_and_logits(images)
     loss = cross_entropy(logits, labels)
@@ -112,7 +112,7 @@ def test_ftsam_by_hand(make_context, victim, batches):
 def test_both_passes_of_pam_see_the_same_triggered_images(make_context, trigger, monkeypatch):
     seen, others = [], torch.rand(5, 3, 8, 8)
     monkeypatch.setattr("defenses.base.shifted_patterns", lambda *_: torch.cat([trigger.patterns, others]))
-    monkeypatch.setattr(nc, "trigger_fraction", lambda images, add_trigger: seen.append(add_trigger.patterns) or images)
+    monkeypatch.setattr(nc, "trigger_some", lambda images, add_trigger: seen.append(add_trigger.patterns) or images)
     DEFENSE_FUNCTIONS["pam"](make_context(), **{**RECIPES["pam"], "epochs": 2})
     assert len(seen) == 6  # three batches twice
 
@@ -212,7 +212,7 @@ def test_nc_triggers_a_fifth_of_a_batch():
     pattern = torch.zeros(1, 3, 4, 4)
     pattern[..., 3, 3] = 1
     images = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    triggered = nc.trigger_fraction(images, PatternApplier(pattern))
+    triggered = nc.trigger_some(images, PatternApplier(pattern))
     assert (triggered[:2, :, 3, 3] == 1).all()
     assert torch.equal(triggered[2:], images[2:])
 

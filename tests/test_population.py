@@ -9,10 +9,10 @@ def test_every_member_has_valid_options_and_both_halves_are_alike():
     assert len({member.name for member in members}) == len(members) >= 80
     for member in members:
         opt, _ = config.parse("train_badnet.py", member.options)
-        assert (opt.inject_portion == 0) == (member.attack in CLEAN)
+        assert (opt.inject_portion == 0) == (member.kind in CLEAN)
     halves = [sorted(m.name.split("-", 1)[1] for m in members if m.name.startswith(h)) for h in ("tune", "report")]
     assert halves[0] == halves[1]
-    assert sum(member.attack in CLEAN for member in members) >= 30
+    assert sum(member.kind in CLEAN for member in members) >= 30
 
 
 def network(name, backdoors, found, *sizes, **after):

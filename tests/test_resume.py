@@ -271,7 +271,7 @@ def test_ctrl_c_prints_the_command_to_resume(tmp_path, interrupted):
 def test_a_second_training_announces_what_it_replaces(tmp_path, capsys):
     folders = ("--checkpoint_root", tmp_path / "weight", "--log_root", tmp_path / "results")
     opt, _ = config.parse("train_badnet.py", ["--dataset", "shapes", *map(str, folders)])
-    weights, results = train_badnet.check_output(opt, is_main_process=True)
+    results, weights = train_badnet.check_output(opt, is_main_process=True)
     assert not capsys.readouterr().out
     os.makedirs(results)
     write_json(os.path.join(results, "metrics.json"), {})  # of main.py, with the same name

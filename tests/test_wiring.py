@@ -36,7 +36,7 @@ from defenses.inversion import trigger as trigger_module
 from defenses.inversion.invert import find_waves
 from defenses.inversion.patterns import frequencies, waves
 from defenses.last_layer import calibrate, make_blind, trigger_directions
-from defenses.nc import trigger_fraction
+from defenses.nc import trigger_some
 from utils.datasets import ImageSet
 from utils.seed import generator
 from utils.training import train
@@ -123,7 +123,7 @@ def test_nc_unlearns_every_shift_of_the_trigger(make_context, monkeypatch):
     patterns, used = torch.stack([torch.full((3, 8, 8), i / 10) for i in range(5)]), []
     monkeypatch.setattr("defenses.base.shifted_patterns", lambda *_: patterns)
     black = torch.zeros(2, 3, 8, 8)
-    monkeypatch.setattr(nc, "trigger_fraction", lambda x, add: used.append(add(black)[:, 0, 0, 0]) or x)
+    monkeypatch.setattr(nc, "trigger_some", lambda x, add: used.append(add(black)[:, 0, 0, 0]) or x)
     nc.defend(make_context(), **{**RECIPES["nc"], "epochs": 1})
     assert torch.cat(used).mul(10).round().tolist() == [0, 1, 2, 3, 4, 0]
 
@@ -292,4 +292,4 @@ def test_the_limits_that_were_chosen_by_measurements():
 
 
 def test_small_batches_have_the_trigger_too():
-    assert trigger_fraction(torch.zeros(2, 3, 2, 2), lambda images: images + 1).mean() == 0.5
+    assert trigger_some(torch.zeros(2, 3, 2, 2), lambda images: images + 1).mean() == 0.5

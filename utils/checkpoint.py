@@ -15,7 +15,7 @@ SHIPPED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 STATE_DICT_KEYS = ("state_dict", "model", "net")  # where public code stores the state_dict; may be nested
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 # Blocks of the four stages of a ResNet, and whether they have a third convolution -> its name in torchvision.
-RESNETS = {
+TORCHVISION_RESNETS = {
     (2, 2, 2, 2, False): "resnet18", (3, 4, 6, 3, False): "resnet34", (3, 4, 6, 3, True): "resnet50",
     (3, 4, 23, 3, True): "resnet101", (3, 8, 36, 3, True): "resnet152",
 }  # fmt: skip
@@ -135,7 +135,7 @@ def recognise(weights: dict) -> tuple[str | None, int | None]:
         count = sum(re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name) is not None for name in weights)
         return f"WRN-{6 * count + 4}-{len(wide) // 16}", num_class
     blocks = [sum(re.fullmatch(rf"layer{i}\.\d+\.conv2\.weight", name) is not None for name in weights) for i in "1234"]
-    resnet = RESNETS.get((*blocks, "layer1.0.conv3.weight" in weights))
+    resnet = TORCHVISION_RESNETS.get((*blocks, "layer1.0.conv3.weight" in weights))
     if resnet == "resnet18" and "linear.weight" in weights:
         return "ResNet18" if "bn1.weight" in weights else "PreActResNet18", num_class
     stems = [getattr(weights.get(name), "shape", None) for name in ("conv1.weight", "layer1.0.conv2.weight")]

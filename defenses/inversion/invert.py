@@ -176,27 +176,28 @@ def optimise_pattern(victim, stream, target, form, start, weight, steps, batches
     targets = torch.tensor([target], device=start.device)
     optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
     penalty_weight = PenaltyWeight(torch.tensor([weight], dtype=torch.float64), max(1, int(PATIENCE * steps)))
-    best, best_size = None, float("inf")
+    best, lowest_penalty = None, float("inf")
     with progress_bar(f"invert {form.name}", steps, "step") as bar:
         for _ in range(steps):
-            hits, seen, sizes = (torch.zeros((), device=start.device) for _ in range(3))
+            hits, seen, penalties = (torch.zeros((), device=start.device) for _ in range(3))
             weight = penalty_weight.value.item()
             for images, labels in attackable_parts(victim, itertools.islice(stream, batches_per_step), target):
                 all_attackable = torch.ones(1, len(images), dtype=torch.bool, device=start.device)
                 with autocast(start.device, precision):
-                    patterns, size = form.pattern(parameters), form.penalty(parameters).sum()
+                    patterns, penalty = form.pattern(parameters), form.penalty(parameters).sum()
                     hit, loss = hits_and_losses(victim, images, labels, all_attackable, patterns, targets)
-                    loss = loss.sum() + weight * size
+                    loss = loss.sum() + weight * penalty
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                hits, seen, sizes = hits + hit.sum(), seen + len(images), sizes + len(images) * size.detach()
-            hit_rate, size = (hits / seen).item(), (sizes / seen).item()
+                hits, seen = hits + hit.sum(), seen + len(images)
+                penalties += len(images) * penalty.detach()
+            hit_rate, penalty = (hits / seen).item(), (penalties / seen).item()
 
-            if hit_rate >= HIT_RATE and size < best_size:
+            if hit_rate >= HIT_RATE and penalty < lowest_penalty:
                 found = InvertedTrigger(form.quantised(parameters.detach())[0], hit_rate)
                 if best is None or form.extent(found.pattern) < form.extent(best.pattern):
-                    best, best_size = found, size
+                    best, lowest_penalty = found, penalty
             penalty_weight.update(torch.tensor([hit_rate >= HIT_RATE]), torch.tensor([bool(seen)]))
             bar.update()
             bar.set_postfix(hit_rate=f"{hit_rate:.1%}", found=best and best.describe())

@@ -145,13 +145,13 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
     weight = PenaltyWeight(torch.full(targets.shape, form.weight, device=device))
     sizes, rates, seen, last_good = [], [], [], parameters.detach().clone()
     ever_hit = torch.zeros_like(targets, dtype=torch.bool)
-    kept, references = torch.arange(len(targets), device=device), num_class
+    kept, reference_count = torch.arange(len(targets), device=device), num_class
     divisor = 2 if num_class > FULL_SEARCHES else 1  # of the images, until labels are dropped
     patterns_at_once = max(1, int(min(1, 32**2 / math.prod(form.shape[-2:])) * PATTERNS_PER_FORWARD[device.type]))
     with progress_bar(f"search {form.name}", steps, "batch") as bar:
         for step, (images, labels) in enumerate(itertools.islice(endless(batches), steps)):
             if divisor == 2 and step == FIRST_STEPS:
-                divisor, (kept, references) = 1, promising(sizes[-1], ever_hit)
+                divisor, (kept, reference_count) = 1, promising(sizes[-1], ever_hit)
             images, labels, micro_batch = images[::divisor], labels[::divisor], MICRO_BATCH // divisor
             with torch.no_grad(), autocast(device, precision):
                 predicted = victim(images).argmax(1)
@@ -185,7 +185,7 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
     tail = -max(1, int(TAIL_FRACTION * steps))
     sizes, rates = torch.stack(sizes[tail:])[:, kept], torch.stack(rates[tail:])[:, kept]
     floor = _weak_floor(*map(torch.cat, zip(*seen, strict=True)), num_class)
-    scores = _score(targets[kept], form, references, sizes, rates, floor)
+    scores = _score(targets[kept], form, reference_count, sizes, rates, floor)
     return sorted(scores, key=lambda score: (score.label == ANY_OTHER, score.label))
 
 
@@ -213,19 +213,19 @@ def promising(sizes, works) -> tuple[torch.Tensor, int]:
     return torch.tensor([*sample, *order[:PROMISING], len(order)], device=sizes.device), count
 
 
-def _score(targets, form, references, sizes, rates, weak_floor):
+def _score(targets, form, reference_count, sizes, rates, weak_floor):
     """Scores from the (T, P) sizes and hit rates of the last T steps: means over the steps in which a pattern works.
 
     The smallest pattern of many steps would be the luckiest one. A pattern that never works has the full range as its
-    size: it may be small only because it was given up. Median and index are relative to the first `references`.
+    size: it may be small only because it was given up. Median and index are relative to the first `reference_count`.
     """
     works = (rates >= HIT_RATE).float()
     ever_works = works.sum(0) > 0
     works = torch.where(ever_works, works, 1.0)
     sizes, rates = ((values * works).sum(0) / works.sum(0) for values in (sizes, rates))
     sizes = torch.where(ever_works, sizes.clamp(min=1e-6), form.max_norm)
-    median = sizes[:references].quantile(0.5)
-    columns = sizes, rates, anomaly_indices(sizes, references), sizes / median, sizes / form.max_norm
+    median = sizes[:reference_count].quantile(0.5)
+    columns = sizes, rates, anomaly_indices(sizes, reference_count), sizes / median, sizes / form.max_norm
     rows = torch.stack(columns, 1).tolist()
     labels = targets.tolist()
     return [LabelScore(label, form.name, *row, weak_floor) for label, row in zip(labels, rows, strict=True)]

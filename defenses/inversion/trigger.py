@@ -17,19 +17,19 @@ class InvertedTrigger:
 
     pattern: (3, H, W) or (2, H, W) float, as in defenses.inversion.patterns.
     hit_rate: fraction 0..1 of images predicted as the target in the step of the inversion that ended with it.
-    others: (V, C, H, W) further patterns that the victim responds to alike, or None.
+    other_waves: (V, 3, H, W) further waves that the victim responds to alike; None if the pattern is no wave.
     parts: (3, H, W) patterns of other parts of the trigger, and of all of them together, if they were looked for.
     """
 
     pattern: torch.Tensor
     hit_rate: float
-    others: torch.Tensor | None = None
+    other_waves: torch.Tensor | None = None
     parts: Sequence[torch.Tensor] = ()
 
     @property
     def patterns(self) -> torch.Tensor:
         """All patterns, (V, C, H, W)."""
-        return self.pattern[None] if self.others is None else torch.cat([self.pattern[None], self.others])
+        return self.pattern[None] if self.other_waves is None else torch.cat([self.pattern[None], self.other_waves])
 
     @property
     def pixels(self) -> int:
@@ -87,7 +87,7 @@ class InvertedTrigger:
 
     def describe(self) -> str:
         """The trigger in a few words."""
-        if self.others is not None:
+        if self.other_waves is not None:
             return f"best of {len(self.patterns)} waves"
         if len(self.pattern) == 2:
             return f"warp by {WarpForm(self.pattern.shape).extent(self.pattern):.2f} px"

@@ -10,7 +10,7 @@ METRICS = {  # key -> label, meaning; all in percent
     "floor": ("floor", "their clean versions predicted as the target label"),
 }
 MARGIN = 1.0  # points of ASR above the floor that may be noise; more is a backdoor
-MAX_LOSS = 3.0  # points of ACC; the verdict mentions a larger loss
+MAX_ACC_DROP = 3.0  # points of ACC; the verdict mentions a larger loss
 
 
 def is_missing(value) -> bool:
@@ -117,7 +117,7 @@ def verdict(metrics: dict) -> str:
         claims = {None: left, True: f"{left}, although the trigger works", False: left}
     asr, acc = (" -> ".join(format_cell(model[key]) for model in models.values()) for key in ("asr", "acc"))
     loss, inverted, backdoored = before["acc"] - final["acc"], "", is_backdoored(final)
-    price = f" That is a loss of {loss:.2f} points of ACC." if loss > MAX_LOSS else ""
+    price = f" That is a loss of {loss:.2f} points of ACC." if loss > MAX_ACC_DROP else ""
     if metrics.get("inverted_hit_rate"):
         rates = " -> ".join(format_cell(rate) for rate in metrics["inverted_hit_rate"].values())
         inverted = f"; the inverted trigger works on {rates} % of the images"
