@@ -66,7 +66,7 @@ INVERSION = {
     "verify": False,  # search the purified model for a further backdoor, and remove that too
     "inversion_rounds": 5,  # published with mcl: 1
     "inversion_steps": 36,  # per round
-    "inversion_batches": 1,  # per step
+    "inversion_batches": 1,  # of 64 images, per step
 }
 
 # defense -> its recipe
@@ -231,7 +231,7 @@ def _add_defense(parser):
     add_own("verify", "search the purified model for a further backdoor, and remove that too")
     add_own("inversion_rounds", "rounds at most, each from noise around the last pattern", type=cli.positive)
     add_own("inversion_steps", "steps per round", type=cli.positive)
-    add_own("inversion_batches", "batches per step", type=cli.positive)
+    add_own("inversion_batches", "batches of 64 images per step", type=cli.positive)
     add_own("positive", "model of the positive feature z+", choices=["auto", "finetuned", "backdoored"])
     add_own("finetune_epochs", "epochs of the fine-tuning stage", type=cli.positive)
     add_own("finetune_lr", "peak learning rate of the fine-tuning stage", type=cli.above_zero)

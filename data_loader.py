@@ -56,7 +56,7 @@ class DatasetBD(TensorImages):
 
     mode "train": `attack` poisons a random fraction of the images; the others stay clean.
     mode "test": the attackable images only, all of them triggered; `labels` are the attacker's.
-    `true_labels` (N,) and `poisoned` (N,) bool describe the result. Poisoning takes place before augmentation.
+    `poisoned` (N,) bool says which. Poisoning takes place before augmentation.
 
     Args:
         rng: source of the random choice, in training.
@@ -70,12 +70,10 @@ class DatasetBD(TensorImages):
         if int(labels.max()) >= attack.num_class:
             raise UserError(f"the data has label {int(labels.max())}, but there are only {attack.num_class} classes")
         if mode == "train":
-            self.true_labels = labels
             images, labels, self.poisoned = attack.poison(images, labels, rng, surrogate)
         else:
             attackable = attack.attackable(labels)
-            self.true_labels = labels[attackable]
-            images, labels = attack.stamp(images[attackable]), attack.attack_labels(self.true_labels)
+            images, labels = attack.stamp(images[attackable]), attack.attack_labels(labels[attackable])
             self.poisoned = torch.ones(len(images), dtype=torch.bool)
         super().__init__(images, labels)
 

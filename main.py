@@ -82,6 +82,7 @@ def run(opt, explicit, name) -> dict:
     print(f"victim {opt.model}: {opt.arch}, {attack.describe()}")
     with clock("evaluate"):
         metrics = {"before": evaluate(victim, test, attack), "after": None}
+    print(f"its ACC is {metrics['before']['acc']:.2f} %")  # before a long search: with a wrong --normalize it is low
     models, history, triggers = {"before": victim}, [], {}
 
     target, scores = label_to_defend(opt, victim, split, attack.num_class, device, clock)

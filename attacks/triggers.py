@@ -85,22 +85,14 @@ def signal_trigger(images: torch.Tensor, delta: float) -> torch.Tensor:
 
 
 def check_size(images: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Check that a trigger's tensor, (H, W, ...), has the size of the images.
-
-    Raises:
-        UserError: the sizes differ.
-    """
+    """Raise a UserError if a trigger's tensor, (H, W, ...), does not have the size of the images."""
     if images.shape[1:3] != tensor.shape[:2]:
         expected, found = ("x".join(map(str, shape)) for shape in (tensor.shape[:2], images.shape[1:3]))
         raise UserError(f"the trigger is for images of {expected} pixels, but these have {found}")
 
 
 def check_patch_fits(size: tuple[int, int], height: int, width: int) -> None:
-    """Check that a trigger of height x width pixels, margin included, fits images of `size` (H, W).
-
-    Raises:
-        UserError: it does not fit.
-    """
+    """Raise a UserError if a trigger of height x width pixels with its margin does not fit images of `size` (H, W)."""
     if size[0] < height or size[1] < width:
         raise UserError(f"the trigger needs {height}x{width} pixels, but the images have {size[0]}x{size[1]}")
 

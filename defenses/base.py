@@ -1,6 +1,7 @@
 """What every defense is given, and what it returns."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from defenses.inversion import InvertedTrigger, find_trigger, invert_trigger, invert_warp, shifted_patterns
+from utils.batches import INVERSION_BATCH
 from utils.progress import Stopwatch
 from utils.seed import generator
 from utils.training import train
@@ -46,20 +48,25 @@ class DefenseContext(NamedTuple):
     monitor: Callable | None = None
     mirrored: bool = True
 
-    def invert(self, *budget) -> InvertedTrigger:
-        """The victim's trigger; budget (rounds, steps, batches per step, precision) and errors as in find_trigger."""
+    def invert(self, rounds, steps, batches, precision) -> InvertedTrigger:
+        """The victim's trigger, with `batches` of INVERSION_BATCH images per step; errors as in find_trigger."""
         with self.clock("inversion"):
-            return find_trigger(self.victim, self.plain_batches, self.target, self.device, self.seed, *budget)
+            settings = self.victim, self.plain_batches, self.target, self.device, self.seed, rounds
+            return find_trigger(*settings, steps, self._batches_per_step(batches), precision)
 
-    def remaining_trigger(self, student, trigger: InvertedTrigger, *budget) -> InvertedTrigger | None:
+    def _batches_per_step(self, batches):
+        """How many plain batches have the images of `batches` of INVERSION_BATCH: fewer clean images fill no batch."""
+        return batches * math.ceil(INVERSION_BATCH / self.image_count)
+
+    def remaining_trigger(self, student, trigger, steps, batches, precision) -> InvertedTrigger | None:
         """A pattern that the student still responds to with the target label, or None.
 
         Of few pixels, or a warp if the victim's trigger is one: a student can only be trained on patterns of one kind.
 
-        Args:
-            budget: steps, batches per step and precision of the inversion.
+        Arguments as in invert.
         """
         is_warp, rng = len(trigger.pattern) == 2, generator(self.seed, "remaining")
+        budget = steps, self._batches_per_step(batches), precision
         with self.clock("inversion"):
             frozen = copy.deepcopy(student).requires_grad_(False)
             settings = frozen, self.plain_batches, self.target, self.device, rng
@@ -81,7 +88,8 @@ class DefenseContext(NamedTuple):
             return torch.cat([trigger.patterns, *(part[None] for part in trigger.parts)])
         triggers = [trigger, *(replace(trigger, pattern=part) for part in trigger.parts)]
         settings = self.plain_batches, self.target
-        return torch.cat([shifted_patterns(model or self.victim, each, *settings) for each in triggers])
+        with self.clock("inversion"):
+            return torch.cat([shifted_patterns(model or self.victim, each, *settings) for each in triggers])
 
     def new_student(self) -> nn.Module:
         """A copy of the victim to train."""

@@ -50,9 +50,10 @@ def make_blind(model, directions, batches, target) -> bool:
         return False
     weight, hits, seen = model.head.weight, torch.zeros(2, 2, device=directions.device), 0
     with torch.no_grad():
+        directions = directions.to(weight)
         blind = weight - weight @ directions.T @ directions
         for images, labels in batches:
-            features = model.features(images)
+            features = model.features(images).to(weight)  # networks of others may compute in bf16
             logits = torch.stack([F.linear(features, rows, model.head.bias) for rows in (weight, blind)])
             correct = logits.argmax(2) == labels
             hits += torch.stack([correct.sum(1), (correct & (labels == target)).sum(1)])

@@ -11,9 +11,8 @@ Additions to the paper; those with an option in brackets can be turned off:
 - the positive is averaged over the image and its mirror image, where the features of the two agree, and the trigger is
   shifted and mirrored (augment);
 - x' carries the inverted pattern, another part of the trigger, or all of them;
-- few clean images are mixed (augment);
 - where features depend on the position in the image, the student sees images with an erased rectangle, since a
-  trigger hides a part of the image as well (augment);
+  trigger hides a part of the image as well; few clean images are mixed (augment);
 - images of the target class are left out of the contrast (contrast);
 - the student's weights are averaged over the last steps (ema);
 - the last layer is made blind to the directions in which the trigger moves the victim's features, where clean images do
@@ -243,7 +242,7 @@ def train_student(
         triggered = add_trigger(student_images)
         with torch.no_grad():
             z_positive = mirrored_mean(positive.features, images, mirror)
-            z_negative = context.victim.features(triggered)
+            z_negative = context.victim.features(triggered) if contrast else None
         if align_weight:
             features = student.features(torch.cat([student_images, triggered]))
             alignment = align_weight * alignment_loss(features, z_positive.repeat(2, 1)).mean()

@@ -11,14 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import config
 from defenses import fst, ft, ftsam, ibau, mcl, nad, nc, pam
 from defenses.base import DefenseContext, DefenseResult
-from defenses.inversion import (
-    ANY_OTHER,
-    InvertedTrigger,
-    LabelScore,
-    choose_label,
-    invert_suspects,
-    search_target,
-)
+from defenses.inversion import ANY_OTHER, InvertedTrigger, LabelScore, choose_label, invert_suspects, search_target
 from models.selector import Classifier
 from utils.batches import Batches, TensorImages, defender_batches
 from utils.device import pick_device
@@ -95,9 +88,6 @@ def purify(
         mirrored: whether mirror images have the labels of their originals.
         options: of the defense, as in config.DEFENSES.
 
-    Returns:
-        a PurifyResult, also if no backdoor was found or if the trigger still works.
-
     Raises:
         UserError: the model, the images, the labels or the options do not fit; nothing has been trained.
         RunError: the training failed, or no pattern turns the images into the target label.
@@ -137,6 +127,7 @@ def purify(
     purified = is_purified(student, victim, triggers, batches)
     models = {"before": victim, "after": student}
     accuracy = {name: percent(predict(classifier, batches) == data.labels) for name, classifier in models.items()}
+    model = getattr(model, "_orig_mod", model)  # a compiled one is a module around it
     for trained, own in zip(student.network.parameters(), model.parameters(), strict=True):
         trained.requires_grad_(own.requires_grad)
     for trained, own in zip(student.network.modules(), model.modules(), strict=True):
@@ -205,8 +196,8 @@ def run_defense(name: str, context: DefenseContext, options: dict, precision: st
 
 
 def _recipe(defense, target, seed, options):
-    if defense not in config.DEFENSES:
-        raise UserError(f"no defense named {defense!r}{did_you_mean(defense, config.DEFENSES)}")
+    if not isinstance(defense, str) or defense not in config.DEFENSES:
+        raise UserError(f"no defense named {defense!r}{did_you_mean(str(defense), config.DEFENSES)}")
     recipe = dict(config.DEFENSES[defense])
     for name in options:
         if name not in recipe:
@@ -214,6 +205,8 @@ def _recipe(defense, target, seed, options):
     recipe |= options | ({"target": target} if "target" in recipe else {})
     if "target" in recipe and target is None:
         raise UserError(f"{defense} needs a target: 'auto', 'any' or a label")
+    if "target" not in recipe and target not in (None, "auto"):
+        raise UserError(f"{defense} defends against every label, and takes no target")
     flags = {"force", "verify"} & {name for name, value in options.items() if isinstance(value, bool)}
     words = [f"--{name}={value}" for name, value in options.items() if name not in flags]
     parsed, _ = config.parse("main.py", ["--defense", defense, f"--seed={seed}", *words])  # checks choices and ranges
@@ -225,12 +218,11 @@ def _checked(images, labels):
     if images.dim() != 4 or labels.dim() != 1 or len(images) != len(labels) or not len(images):
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise UserError(f"images and labels must have shapes (N, 3, H, W) or (N, H, W, 3), and (N,), not {shapes}")
-    if labels.is_floating_point() or int(labels.min()) < 0:
+    if labels.is_floating_point() or labels.is_complex() or int(labels.long().min()) < 0:
         raise UserError("labels must be integers from 0 on")
-    if images.dtype == torch.uint8 and images.shape[3] == 3:
-        return TensorImages(images.cpu(), labels.long().cpu())
-    is_in_range = 0 <= images.min() and images.max() <= 1  # False of nan
-    if not images.is_floating_point() or images.shape[1] != 3 or not is_in_range:
-        raise UserError("images must be (N, 3, H, W) floats in [0, 1], without normalisation, or (N, H, W, 3) uint8")
-    images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    if images.dtype != torch.uint8 or images.shape[3] != 3:
+        is_float = images.is_floating_point() and images.shape[1] == 3 and images.numel() > 0
+        if not (is_float and 0 <= images.min() and images.max() <= 1):  # nan is not
+            raise UserError("images must be (N, 3, H, W) floats in [0, 1], not normalised, or (N, H, W, 3) uint8")
+        images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     return TensorImages(images.cpu(), labels.long().cpu())

@@ -51,6 +51,10 @@ class FixedBatches(list):
     """The same batches in every epoch."""
 
     @property
+    def labels(self):
+        return torch.cat([labels for _, labels in self])
+
+    @property
     def image_shape(self):
         return tuple(self[0][0].shape[1:])
 

@@ -167,16 +167,8 @@ def test_several_defenses_are_compared_each_once():
         (RunError("no"), 1, "no"),
         (KeyboardInterrupt(), 130, "stopped; go on"),
         (MemoryError(), 1, OUT_OF_MEMORY),
-        (
-            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
-            1,
-            OUT_OF_MEMORY,
-        ),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-            1,
-            OUT_OF_MEMORY,
-        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, OUT_OF_MEMORY),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(error, code, message, capsys):

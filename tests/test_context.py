@@ -101,3 +101,20 @@ def test_a_student_is_inverted_with_the_budget_of_its_victim(make_context, monke
     budget = {"inversion_rounds": 4, "inversion_steps": 5, "inversion_batches": 6, "precision": "bf16"}
     mcl.defend(make_context(augmented=False), **{**RECIPES["mcl"], **ONE_STEP, **budget, "rounds": 2})
     assert given == [(5, 6, "bf16")]
+
+
+@pytest.mark.parametrize(("image_count", "per_step"), [(2_500, 3), (64, 3), (63, 6), (10, 21)])
+def test_a_step_has_as_many_images_of_a_small_clean_set(make_context, trigger, image_count, per_step, monkeypatch):
+    given = []
+    monkeypatch.setattr("defenses.base.find_trigger", lambda *args: given.append(args[7]) or trigger)
+    monkeypatch.setattr("defenses.base.invert_trigger", lambda *args: given.append(args[7]))
+    context = make_context(image_count=image_count)
+    context.invert(1, 2, 3, "fp32")
+    context.remaining_trigger(context.victim, trigger, 2, 3, "fp32")
+    assert given == [per_step] * 2
+
+
+def test_the_shifts_of_a_trigger_count_as_inversion(make_context, trigger):
+    context = make_context()
+    context.training_patterns(trigger)
+    assert context.clock.seconds.keys() == {"inversion"}

@@ -67,12 +67,7 @@ def extended(tmp_path_factory):
 def test_a_new_trigger_and_a_new_defense_run(extended):
     def run(*words):
         done = subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=extended,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+            [sys.executable, *map(str, words)], cwd=extended, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

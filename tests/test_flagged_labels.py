@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from defenses.inversion import (
-    ANY_OTHER,
-    choose_label,
-)
+from defenses.inversion import ANY_OTHER, choose_label
 from defenses.inversion.scores import CLEAN_SIZES, LabelScore
 from docs.population import TABLE
 
@@ -23,7 +20,8 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
     assert not dataclasses.replace(SMALL, **change).flagged
     assert SMALL.metadata() == {
         "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3, "of_range": 1.0,
-        "weak_floor": None, "runner_up": None, "inverted_area": None, "clean_networks": 0, "flagged": True,
+        "weak_floor": None, "runner_up": None, "inverted_area": None, "few_images": False, "clean_networks": 0,
+        "flagged": True,
     }  # fmt: skip
 
 
@@ -88,3 +86,13 @@ def test_force_defends_against_the_pixel_pattern_with_the_lowest_index():
 def test_the_limit_of_each_form(form, limit):
     for of_range, flagged in ((limit, True), (limit + 0.001, False)):
         assert dataclasses.replace(SMALL, form=form, of_range=of_range).flagged is flagged
+
+
+def test_a_label_of_which_few_other_images_are_left_is_not_flagged():
+    few = replace(SMALL, few_images=True)
+    assert not few.flagged
+    assert not replace(few, inverted_area=0.001).flagged
+    assert not replace(few, form="wave", runner_up=0.0).flagged
+    any_other = replace(few, label=ANY_OTHER)
+    reason = choose_label([few, replace(SMALL, label=2, index=-1.0), any_other], False)[1]
+    assert "; not judged, for lack of images of 5 other labels: 1, any; the model" in reason

@@ -3,15 +3,7 @@
 import pytest
 import torch
 from conftest import CPU
-from test_inversion import (
-    NOISE,
-    STRIPES,
-    ConstantModel,
-    RedPixelVictim,
-    ShiftedStripesVictim,
-    WaveVictim,
-    label_zero,
-)
+from test_inversion import NOISE, STRIPES, ConstantModel, RedPixelVictim, ShiftedStripesVictim, WaveVictim, label_zero
 
 from defenses import DefenseContext
 from defenses.inversion import InvertedTrigger

@@ -149,20 +149,14 @@ NOT_MEASURED = "ASR was not measured, because the trigger is unknown"
             {"before": UNKNOWN, "after": outcome(83.91, None)},
             f"The model was purified; {NOT_MEASURED}; ACC 86.92 -> 83.91 %. {LOSS}",
         ),
-        (
-            {"before": CLEAN},
-            f"{NO_EFFECT}: ASR 1.00 -> 1.30 %, {FLOOR}, ACC 88.00 -> 86.49 %.",
-        ),
+        ({"before": CLEAN}, f"{NO_EFFECT}: ASR 1.00 -> 1.30 %, {FLOOR}, ACC 88.00 -> 86.49 %."),
         (
             {"before": CLEAN, "inverted_hit_rate": {"before": 99.0, "after": 1.0}, "purified": True},
             f"{NO_EFFECT}: ASR 1.00 -> 1.30 %, {FLOOR}, ACC 88.00 -> 86.49 %; {TURNS} 1.0{IMAGES}.",
         ),
         ({"before": CLEAN, "after": None}, f"{LEFT}: ASR 1.00 %, {FLOOR}, ACC 88.00 %."),
         ({"after": None}, f"{LEFT}, although the trigger works: ASR 100.00 %, {VICTIM_FLOOR}, ACC 86.92 %."),
-        (
-            {"after": None, "defense": "none"},
-            f"The model is backdoored: ASR 100.00 %, {VICTIM_FLOOR}, ACC 86.92 %.",
-        ),
+        ({"after": None, "defense": "none"}, f"The model is backdoored: ASR 100.00 %, {VICTIM_FLOOR}, ACC 86.92 %."),
         (
             {"before": CLEAN, "after": None, "defense": "none"},
             f"This trigger does not work: ASR 1.00 %, {FLOOR}, ACC 88.00 %.",

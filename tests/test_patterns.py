@@ -7,12 +7,7 @@ import torch
 from conftest import CPU
 from test_inversion import label_zero
 
-from defenses.inversion import (
-    InvertedTrigger,
-    PatternApplier,
-    apply_patterns,
-    shifted_patterns,
-)
+from defenses.inversion import InvertedTrigger, PatternApplier, apply_patterns, shifted_patterns
 from defenses.inversion.patterns import PixelForm, WarpForm, frequencies, mirror, waves
 from utils.seed import generator
 

@@ -108,12 +108,7 @@ def test_a_given_label_is_not_searched_for(words, label):
 
 @pytest.mark.parametrize(
     ("scores", "target", "detected", "against"),
-    [
-        ([SMALL], 1, 1, 1),
-        ([SMALL], ANY_OTHER, "any", "any"),
-        ([NOT_FLAGGED], 1, None, 1),
-        (None, 1, None, 1),
-    ],
+    [([SMALL], 1, 1, 1), ([SMALL], ANY_OTHER, "any", "any"), ([NOT_FLAGGED], 1, None, 1), (None, 1, None, 1)],
 )
 def test_a_label_that_was_not_flagged_was_not_detected(scores, target, detected, against):
     opt = SimpleNamespace(model=MODEL, defense="mcl")

@@ -9,14 +9,7 @@ from conftest import CPU, FixedBatches, RecordingForm
 from test_flagged_labels import SMALL
 
 from defenses import find_target
-from defenses.inversion import (
-    ANY_OTHER,
-    InvertedTrigger,
-    choose_label,
-    invert_suspects,
-    search_target,
-    target_search,
-)
+from defenses.inversion import ANY_OTHER, InvertedTrigger, choose_label, invert_suspects, search_target, target_search
 from defenses.inversion import scores as scores_module
 from defenses.inversion.objective import hits_and_losses
 from defenses.inversion.patterns import PixelForm, WarpForm
@@ -40,7 +33,7 @@ def test_scores_are_means_over_the_steps_in_which_the_pattern_works():
     form, targets = PixelForm((3, 2, 5)), torch.tensor([0, 1, 2, ANY_OTHER])
     sizes = torch.tensor([[9.0, 2.0, 4.0, 1.0], [3.0, 4.0, 6.0, 1.0]])
     rates = torch.tensor([[0.9, 0.2, 0.1, 1.0], [1.0, 1.0, 0.3, 1.0]])
-    scores = _score(targets, form, 3, sizes, rates, None)
+    scores = _score(targets, form, 3, sizes, rates)
     assert [score.label for score in scores] == [0, 1, 2, ANY_OTHER]
     # Label 1 works in the second step only; label 2 never does, so that its size says nothing.
     assert [score.size for score in scores] == pytest.approx([6.0, 4.0, 30.0, 1.0])
@@ -105,10 +98,11 @@ class ShiftedRampsModel(torch.nn.Module):
         return 100 * torch.stack([0 * red, red - 0.01, -red - 0.1, green - 0.1, -green - 0.1], 1)
 
 
-def test_a_label_is_flagged_by_a_small_warp():
+def test_a_label_is_flagged_by_a_small_warp(monkeypatch):
+    monkeypatch.setattr(target_search, "MIN_LABELS", 1)
     ramp = torch.linspace(0, 1, 16)
     image = torch.stack([ramp.expand(16, 16), ramp[:, None].expand(16, 16), torch.full((16, 16), 0.5)])
-    batches = [(image.expand(32, 3, 16, 16).contiguous(), torch.zeros(32, dtype=torch.int64))]
+    batches = FixedBatches([(image.expand(32, 3, 16, 16).contiguous(), torch.zeros(32, dtype=torch.int64))])
     rng = torch.Generator().manual_seed(1)
     scores = search_form(ShiftedRampsModel(), batches, 5, CPU, rng, WarpForm((3, 16, 16)), 50, "fp32")
     assert flagged_labels(scores) == [1]
@@ -161,7 +155,7 @@ def test_images_of_a_label_do_not_count_for_it(batches):
 def test_misclassified_images_do_not_count_for_any_other_label(batches):
     misclassified = [(x, (y + 1) % 8) for x, y in batches]
     scores = search(RedColumnModel(), misclassified, steps=3)
-    assert [score.hit_rate for score in scores if score.label == ANY_OTHER] == [0.0]
+    assert {score.hit_rate for score in scores if score.label == ANY_OTHER} == {0.0}
 
 
 class ScriptedModel(torch.nn.Module):
@@ -179,7 +173,7 @@ class ScriptedModel(torch.nn.Module):
 
 def scripted_search(*fractions):
     """The form of a search for three labels, an update for each fraction, on eight images of label 2."""
-    form, batches = RecordingForm((3, 4, 4)), [(torch.full((8, 3, 4, 4), 0.5), torch.full((8,), 2))]
+    form, batches = RecordingForm((3, 4, 4)), FixedBatches([(torch.full((8, 3, 4, 4), 0.5), torch.full((8,), 2))])
     rng = torch.Generator().manual_seed(0)
     search_form(ScriptedModel(*fractions), batches, 3, CPU, rng, form, len(fractions), "fp32")
     return form
@@ -234,8 +228,7 @@ def test_a_suspect_without_a_pattern_that_works_is_no_backdoor(batches, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("index", "area", "flagged"),
-    [(-1.9, 0.015, True), (-1.9, 0.016, False), (-2.1, 0.03, True), (-2.1, 0.031, False)],
+    ("index", "area", "flagged"), [(-1.9, 0.015, True), (-1.9, 0.016, False), (-2.1, 0.03, True), (-2.1, 0.031, False)]
 )
 def test_a_suspect_may_be_larger_if_its_index_is_an_outlier(index, area, flagged):
     assert dataclasses.replace(SMALL, index=index, of_median=0.7, inverted_area=area).flagged is flagged
@@ -263,3 +256,35 @@ def test_of_two_labels_one_is_found_by_its_full_inversion(backdoor, label):
     found, scores, _ = find_target(model, batches, 2, CPU, 1, options)
     assert found == label
     assert {score.form for score in scores} == {"pixels"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "few"),
+    [
+        ([3] * 20 + [0, 1, 2, 4], [0, 1, 2, 3, 4, ANY_OTHER]),  # each has four others
+        ([3] * 20 + [0, 1, 2, 4, 5], []),
+    ],
+)
+def test_a_pattern_for_few_images_says_nothing(labels, few, monkeypatch):
+    images = torch.rand(len(labels), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batches = FixedBatches([(images, torch.tensor(labels))])
+    scores = search_form(RedColumnModel(), batches, 8, CPU, torch.Generator(), PixelForm((3, 8, 8)), 1, "fp32")
+    assert [score.label for score in scores if score.few_images] == few
+    waves = target_search.search_waves(RedColumnModel(), batches, 8)
+    assert [score.label for score in waves] == [label for label in range(8) if label not in few]
+    monkeypatch.setattr(target_search, "invert_trigger", lambda *_: None)
+    scores = [dataclasses.replace(score, index=float(-score.label)) for score in scores]
+    inverted = [score.label for score in invert_suspects(None, batches, scores, CPU, None) if score.inverted_area]
+    assert inverted == sorted(set(range(8)) - set(few))[-2:]
+
+
+@pytest.mark.parametrize(
+    ("num_class", "labels", "few"),
+    [
+        (2, [0] * 5 + [1] * 4, [True, False, True]),
+        (2, [0] * 5 + [1] * 5, [False] * 3),
+        (3, [0] * 9 + [1] * 9, [True, True, False, True]),
+    ],
+)
+def test_of_two_or_three_labels_all_are_needed(num_class, labels, few):
+    assert target_search._few_images(torch.tensor(labels), num_class) == few

@@ -140,11 +140,20 @@ def test_an_attack_is_not_assumed_from_its_label(option):
         (LABELS, {"target": "2"}, "a label from 0 to 2, not '2'"),
         (LABELS, {"target": None}, "mcl needs a target"),
         (LABELS, {"schedule": "cosin"}, "invalid choice: .cosin.; did you mean cosine"),
+        (LABELS.cfloat(), {}, "labels must be integers"),
+        (LABELS, {"defense": ["ft"]}, "no defense named"),
+        (LABELS, {"defense": "ft", "target": 2}, "ft defends against every label, and takes no target"),
     ],
 )
 def test_purify_refuses_what_does_not_fit(labels, options, message):
     with pytest.raises(UserError, match=message):
         purify(Flat(), IMAGES, labels, **options)
+
+
+@pytest.mark.parametrize("images", [IMAGES.cfloat(), IMAGES[:, :, :0], IMAGES.numpy().astype("uint16")])
+def test_purify_refuses_images_that_are_none(images):
+    with pytest.raises(UserError, match="images must be .* floats in"):
+        purify(Flat(), images, LABELS, defense="ft")
 
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
@@ -162,6 +171,19 @@ def test_a_compiled_network_is_taken_apart():
     assert classifier.find_head("Flat", 3, (8, 8)) == 3
     assert classifier.network is network
     assert torch.allclose(classifier.head(classifier.features(images)), network(images), atol=1e-6)
+    network.fc.bias.requires_grad_(False)
+    result = purify(torch.compile(network, backend="eager"), IMAGES, LABELS.to(torch.uint16), defense="ft", **QUICK)
+    assert not result.model.fc.bias.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_that_computes_in_another_precision_is_purified(dtype, trigger, monkeypatch):
+    class Inside(Flat):
+        def forward(self, x):
+            return super().forward(x.to(dtype))
+
+    monkeypatch.setattr("defenses.base.find_trigger", lambda *_: trigger)
+    assert purify(Inside().to(dtype), IMAGES, LABELS, target=1, rounds=1, **QUICK).model.fc.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("option", ["epochs", "contrast", "rounds", "lr"])

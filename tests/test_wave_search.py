@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FixedBatches
 
-from defenses.inversion import choose_label
+from defenses.inversion import choose_label, target_search
 from defenses.inversion.objective import pattern_logits
 from defenses.inversion.patterns import WAVE_HEIGHT
 from defenses.inversion.scores import LabelScore
@@ -25,6 +25,12 @@ class WaveModel(torch.nn.Module):
         across, down, fine = spectra[0][:, 2], spectra[1][:, 4], spectra[0][:, 7]
         is_bright, is_odd = x.mean((1, 2, 3)) > 0.5, (x[:, 0, 0, 0] * 1000).round() % 2
         return torch.stack([0.05 * ~is_bright, down * is_odd, across, fine, 0.05 * is_bright], 1)
+
+
+@pytest.fixture(autouse=True)
+def one_other_label(monkeypatch):
+    """The images here are of one label."""
+    monkeypatch.setattr(target_search, "MIN_LABELS", 1)
 
 
 def test_a_label_is_flagged_by_a_low_wave_that_turns_the_images_into_it():
@@ -57,7 +63,7 @@ def test_a_wave_of_six_cycles_is_low():
 
     images, labels = 0.5 + 0 * low.repeat(60, 3, 1, 1), torch.ones(60, dtype=torch.int64)
     scores = search_waves(Six(), FixedBatches([(images, labels)]), 2)
-    assert [score.hit_rate for score in scores] == [1, 0]
+    assert [(score.label, score.hit_rate) for score in scores] == [(0, 1)]  # of label 1 there are no other images
     assert scores[0].of_range == pytest.approx(WAVE_HEIGHT * 2 / math.pi, rel=0.05)  # the mean height of a sine
 
 
@@ -68,7 +74,8 @@ def test_a_wave_proves_nothing_if_another_label_has_one_that_works_as_well():
     assert not dataclasses.replace(found, runner_up=0.7).flagged
     images = torch.full((60, 3, 16, 16), 0.48)
     scores = search_waves(WaveModel(), FixedBatches([(images, torch.zeros(60, dtype=torch.int64))]), 5)
-    assert [score.runner_up for score in scores] == [1.0, 1.0, scores[1].hit_rate, 1.0, 1.0]
+    assert [score.label for score in scores] == [1, 2, 3, 4]
+    assert [score.runner_up for score in scores] == [1.0, scores[0].hit_rate, 1.0, 1.0]
 
 
 def test_of_many_labels_waves_of_the_best_are_scored():

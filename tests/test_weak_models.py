@@ -64,7 +64,8 @@ def test_a_search_of_a_weak_model_says_so():
     assert label is None
     assert reason == (
         "no backdoor was found: no label has a far smaller pattern than the others; but the model predicts one label "
-        "for 29% of the images of the others, and is so weak that this says little; the model is left unchanged"
+        "for 29% of the images of the others, and is so weak that this says little (does --normalize fit the model?); "
+        "the model is left unchanged"
     )
 
 
@@ -83,3 +84,13 @@ def test_a_model_that_always_predicts_one_class_is_weak_and_not_backdoored():
     label, reason = choose_label([constant], False)
     assert label is None
     assert "so weak that this says little" in reason
+
+
+def test_one_class_that_is_taken_for_another_makes_no_model_weak():
+    labels = torch.tensor([3] * 60 + [0, 1, 2, 4, 5, 6, 7, 8, 9] * 5)
+    dogs, others = labels.clone(), labels.clone()
+    dogs[:20] = 5  # a fifth of all images of other labels than 5
+    others[:7] = others[60:67] = 5
+    assert target_search._weak_floor(labels, dogs, 10) is None
+    assert target_search._weak_floor(labels, others, 10) == pytest.approx(13 / 100)
+    assert target_search._weak_floor(labels.clamp(max=1), (labels.clamp(max=1) + 1) % 2, 2) == 1

@@ -19,17 +19,7 @@ from attacks import Attack, build_attack, label_consistent
 from attacks.blended import blend_picture
 from attacks.label_consistent import adversarial_noise
 from data_loader import CleanSplit, DatasetCL, get_clean_split
-from defenses import (
-    DefenseContext,
-    DefenseResult,
-    base,
-    ibau,
-    last_layer,
-    mcl,
-    nc,
-    purify,
-    remove_backdoors,
-)
+from defenses import DefenseContext, DefenseResult, base, ibau, last_layer, mcl, nc, purify, remove_backdoors
 from defenses.inversion import InvertedTrigger, PatternApplier, objective, shifted_patterns
 from defenses.inversion import invert as invert_module
 from defenses.inversion import trigger as trigger_module
@@ -232,19 +222,24 @@ def test_the_surrogate_sees_images_from_0_to_1():
 
 @pytest.mark.parametrize("limit", [3, 5])
 def test_the_best_waves_that_work_are_kept(limit, monkeypatch):
-    counts = iter([(17, 18, 20, 19), (0, 0, 0, 20)])
+    first, second = (waves((8, 8), frequency, CPU) for frequency in frequencies((8, 8))[:2])
+    hits = dict(zip([*first, *second], (17, 18, 20, 19, 0, 0, 0, 20), strict=True))  # of the 20 images, the last ones
+    tried = []
 
     def pattern_logits(victim, images, patterns):
-        assert len(images) == 20
-        hits = torch.tensor(next(counts, (0,) * 4))[:, None] > torch.arange(20)
-        return torch.stack([~hits, hits], 2).float()
+        tried.append((len(images), len(patterns)))
+        counts = [
+            next((count for wave, count in hits.items() if torch.equal(wave, pattern)), 0) for pattern in patterns
+        ]
+        is_hit = torch.arange(len(images)) >= 20 - torch.tensor(counts)[:, None]
+        return torch.stack([~is_hit, is_hit], 2).float()
 
     monkeypatch.setattr(invert_module, "pattern_logits", pattern_logits)
     monkeypatch.setattr(invert_module, "MAX_WAVES", limit)
     trigger = find_waves(None, label_zero(torch.zeros(25, 3, 8, 8)), 1)
-    first, second = (waves((8, 8), frequency, CPU) for frequency in frequencies((8, 8))[:2])
     assert torch.equal(trigger.patterns, torch.stack([first[2], second[3], first[3], first[1]][:limit]))
     assert trigger.hit_rate == 1
+    assert tried[:5] == [(5, 4), (20, 3), (5, 4), (20, 1), (5, 4)]  # those that cannot work any more are left out
 
 
 @pytest.mark.parametrize(("count", "kept"), [(1, 1), (2, 3)])

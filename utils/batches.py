@@ -10,6 +10,7 @@ from utils.seed import generator
 
 CLEAN_PADDING = 2  # of the defender's crops, in place of the usual 4: the victim may never have seen a shifted image
 ERASED_SHARE, ERASED_SIDES = 0.5, (1 / 16, 1 / 4)  # of the images, of an image's sides
+INVERSION_BATCH = 64  # images of a step of the inversion and of the search
 EPOCH_IMAGES = 1_280  # of the defender, at least: fewer clean images are repeated, so that the steps do not fall
 
 
@@ -38,6 +39,7 @@ class Batches:
         rng: source of order, crops and flips.
         drop_last: leave out a last batch that is not full.
         repeat: how often an epoch has each image, each time in a new order.
+        positions: (n,) of the images of an epoch, some of them several times; None: each once.
         shard: (i, n): the i-th of n equal parts of each batch, for data-parallel training in n processes.
     """
 
@@ -52,11 +54,13 @@ class Batches:
         mirror=True,
         drop_last=False,
         repeat=1,
+        positions=None,
         rng=None,
         shard=(0, 1),
     ):
         self.labels = data.labels.to(device)
-        self.count, self.height, self.width, _ = data.images.shape
+        self.positions = torch.arange(len(data.labels)) if positions is None else positions
+        self.count, (self.height, self.width) = len(self.positions), data.images.shape[1:3]
         self.padding, self.mirror = padding, mirror
         images = data.images if padding is None else F.pad(data.images, (0, 0, *[padding] * 4))
         self.row_stride, self.image_stride = images.shape[2], images.shape[1] * images.shape[2]
@@ -81,7 +85,7 @@ class Batches:
             torch.randperm(self.count, generator=self.rng) if self.shuffle else torch.arange(self.count)
             for _ in range(self.repeat)
         ]
-        order = torch.cat(orders)
+        order = self.positions[torch.cat(orders)]
         corner, flip = order * self.image_stride, torch.zeros_like(order)
         if self.padding is not None:
             shifts = torch.randint(2 * self.padding + 1, (2, len(order)), generator=self.rng)
@@ -149,13 +153,29 @@ def defender_batches(data, batch_size, augment, mirror, seed, device) -> tuple[B
 
     Args:
         data: a TensorImages.
+        batch_size: of those to train on; the others have up to INVERSION_BATCH images, fewer repeated for the search.
         augment: whether those to train on are cropped, and flipped if `mirror`.
     """
 
-    def batches(padding, purpose, repeat=1):
-        size, rng = min(batch_size, len(data) * repeat), generator(seed, purpose)
-        settings = {"shuffle": True, "drop_last": True, "padding": padding, "mirror": mirror, "repeat": repeat}
-        return Batches(data, size, device, **settings, rng=rng)
+    def batches(size, purpose, repeat=1, **settings):
+        settings |= {"shuffle": True, "drop_last": True, "repeat": repeat, "rng": generator(seed, purpose)}
+        return Batches(data, min(size, len(data) * repeat), device, **settings)
 
-    train = batches(CLEAN_PADDING if augment else None, "batches", math.ceil(EPOCH_IMAGES / len(data)))
-    return train, batches(None, "plain batches"), batches(None, "search batches")
+    augmentation = {"padding": CLEAN_PADDING if augment else None, "mirror": mirror}
+    train = batches(batch_size, "batches", math.ceil(EPOCH_IMAGES / len(data)), **augmentation)
+    balanced = balanced_positions(data.labels)
+    search = batches(INVERSION_BATCH, "search batches", math.ceil(INVERSION_BATCH / len(data)), positions=balanced)
+    return train, batches(INVERSION_BATCH, "plain batches"), search
+
+
+def balanced_positions(labels) -> torch.Tensor:
+    """Positions of all images; where a class has more than twice the mean, those of the others as often as its own.
+
+    A pattern that turns the images of one class is smaller than one that turns those of all, and would look like a
+    backdoor where most images are of that class.
+    """
+    counts = labels.bincount().tolist()
+    if max(counts) <= 2 * len(labels) / sum(count > 0 for count in counts):
+        return torch.arange(len(labels))
+    by_class = [(labels == label).nonzero()[:, 0] for label, count in enumerate(counts) if count]
+    return torch.cat([own.repeat(math.ceil(max(counts) / len(own)))[: max(counts)] for own in by_class])

@@ -2,13 +2,13 @@
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torchvision.datasets
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from utils.errors import UserError
@@ -25,7 +25,6 @@ NORMALIZATION = {
 }
 MIRRORED = set(NORMALIZATION) - {"GTSRB"}  # data sets whose mirror images have the same label
 GTSRB_IMAGES = {"train": 26_640, "test": 12_630}
-DECODED_AT_ONCE = 256  # image files, by one worker
 DOWNLOAD_TIMEOUT = 30  # seconds; a network that swallows packets must not hang the run
 
 
@@ -41,27 +40,6 @@ class ImageSet:
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
         return tuple(self.images.shape[1:3])
-
-
-class ImageFiles(Dataset):
-    """A torchvision data set of image files: d[i] -> ((3, size, size) uint8, label, error message or "").
-
-    Errors are returned, since an exception in a DataLoader's worker ends in the tracebacks of several processes.
-    """
-
-    def __init__(self, dataset, size):
-        self.dataset, self.size = dataset, size
-        self.files = dataset.samples if hasattr(dataset, "samples") else dataset._samples  # ImageFolder's, GTSRB's
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            return *self.dataset[i], ""
-        except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for a broken file
-            message = f"{self.files[i][0]}: {error or type(error).__name__}"
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, message
 
 
 def read_dataset(name: str, split: str, root: str, image_size: int) -> ImageSet:
@@ -148,17 +126,23 @@ def _resize(size):
 
 
 def _decode(dataset, size):
-    """Read every image of a torchvision data set once, with workers, into one uint8 tensor."""
+    """Read every image of a torchvision data set once, in threads, into one uint8 tensor."""
     needed = 3 * size**2 * len(dataset)
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise UserError(f"images of --image_size {size} need {needed / 2**30:,.0f} GiB, more than this machine has")
-    loader = DataLoader(ImageFiles(dataset, size), batch_size=DECODED_AT_ONCE, num_workers=min(8, os.cpu_count() or 1))
+    files = dataset.samples if hasattr(dataset, "samples") else dataset._samples  # ImageFolder's, GTSRB's
     images = torch.empty(len(dataset), size, size, 3, dtype=torch.uint8)
-    labels, errors = torch.empty(len(dataset), dtype=torch.int64), []
-    for i, (batch, batch_labels, messages) in enumerate(loader):  # copied, since a batch holds shared memory
-        part = slice(i * DECODED_AT_ONCE, (i + 1) * DECODED_AT_ONCE)
-        images[part], labels[part] = batch.permute(0, 2, 3, 1), batch_labels
-        errors += [message for message in messages if message]
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+
+    def read(i):
+        try:
+            image, labels[i] = dataset[i]
+            images[i] = image.permute(1, 2, 0)
+        except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for a broken file
+            return f"{files[i][0]}: {error or type(error).__name__}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        errors = [message for message in threads.map(read, range(len(dataset))) if message]
     if errors:
         raise UserError(f"{len(errors)} of {len(dataset)} images cannot be read; the first: {errors[0]}")
     return images, labels

@@ -37,9 +37,7 @@ def keep_freed_memory():
     By default large blocks are unmapped, and page faults take an eighth to a quarter of a training step on a CPU.
     Buffers used to read a data set should be returned first. Other C libraries are left alone.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

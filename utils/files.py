@@ -43,11 +43,7 @@ def sha256_of(path: str) -> str:
 
 
 def remove_file(path: str) -> None:
-    """Remove a file if it exists.
-
-    Raises:
-        RunError: it exists and cannot be removed.
-    """
+    """Remove a file if it exists; a RunError if that fails."""
     try:
         Path(path).unlink(missing_ok=True)
     except OSError as error:
@@ -68,8 +64,11 @@ def check_writable(folder: str, *files: str) -> None:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
             raise UserError(f"cannot write {path}: it is a folder; remove it or choose another --name")
+    nearest = os.path.abspath(folder)
+    while not os.path.lexists(nearest):  # a broken link exists: it stands where the folder would be created
+        nearest = os.path.dirname(nearest)
     try:
-        with tempfile.TemporaryFile(dir=_nearest_existing(os.path.abspath(folder))):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
@@ -114,11 +113,3 @@ def read_csv(path: str) -> list[dict]:
         return []
     with open(path) as file:
         return list(csv.DictReader(file))
-
-
-def _nearest_existing(path):
-    try:
-        os.lstat(path)  # a broken link exists: it stands where the folder would be created
-    except FileNotFoundError:
-        return _nearest_existing(os.path.dirname(path))
-    return path

@@ -37,8 +37,9 @@ MAX_PATCH, MAX_WARP = 0.03, 0.02
 # Further parts of a trigger, the size of each, a fraction of the pixels, and its rounds: parts of two grid triggers
 # have up to 5 of 1,024; what is left once the paper's victim has lost its whole trigger has 18 and more.
 MAX_PARTS, MAX_PART, PART_ROUNDS = 3, 0.01, 2
-# Images that each wave is tried on, and waves kept: keeping all 58 that a SIG victim responds to costs accuracy.
-WAVE_IMAGES, MAX_WAVES = 20, 16
+# Images that each wave is tried on, first and in all, and waves kept: all 58 that a SIG victim responds to cost
+# accuracy.
+FIRST_WAVE_IMAGES, WAVE_IMAGES, MAX_WAVES = 5, 20, 16
 
 
 def find_trigger(victim, batches, target, device, seed, rounds, steps, batches_per_step, precision):
@@ -158,9 +159,13 @@ def find_waves(victim, batches, target):
     with progress_bar("waves", len(frequencies(size)), "wave") as bar:
         for frequency in frequencies(size):
             patterns = waves(size, frequency, images.device)
-            rate = is_hit(pattern_logits(victim, images, patterns), labels, target).float().mean(1)
-            found.append(patterns[rate >= HIT_RATE])
-            rates.append(rate[rate >= HIT_RATE])
+            for count in (FIRST_WAVE_IMAGES, len(images)):  # a wave that has missed too many images can no longer work
+                if len(patterns):
+                    hits = is_hit(pattern_logits(victim, images[:count], patterns), labels[:count], target).sum(1)
+                    can_work = hits + len(images[count:]) >= HIT_RATE * len(images)
+                    patterns, hits = patterns[can_work], hits[can_work]
+            found.append(patterns)
+            rates.append(hits / len(images))
             bar.update()
     rates, order = torch.cat(rates).sort(descending=True, stable=True)
     patterns = torch.cat(found)[order[:MAX_WAVES]]

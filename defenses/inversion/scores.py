@@ -25,6 +25,8 @@ CLEAN_SIZES = (
 # A model that predicts one label for more than this fraction of the images of other labels has hardly learned anything.
 # Small patterns lead to any label there, so that only half the size counts.
 MAX_FLOOR, WEAK_SHARE = 0.12, 0.5
+MAX_FLOOR_OF_REST = 0.09  # the same without the class that is most often taken for the label
+MIN_IMAGES, MIN_LABELS = 5, 5  # of other labels: a small pattern turns fewer images, or those of fewer, in any model
 MAX_RUNNER_UP = 2 / 3  # where waves work for several labels, it is because they resemble the classes' own patterns
 MAD_TO_SD = 1.4826  # of a normal distribution
 MIN_DEVIATION = 0.1  # of logarithms: sizes that differ by less are alike
@@ -43,6 +45,7 @@ class LabelScore:
         pattern; None unless it is above both MAX_FLOOR and a guess's share, 1 / K.
     runner_up: the best hit rate of the waves of any other label; None for the other forms.
     inverted_area: fraction of the pixels that its full inversion changes; None if it was not inverted in full.
+    few_images: whether there are fewer than MIN_IMAGES images of other labels, or of fewer than MIN_LABELS (K - 1).
     """
 
     label: int
@@ -55,6 +58,7 @@ class LabelScore:
     weak_floor: float | None = None
     runner_up: float | None = None
     inverted_area: float | None = None
+    few_images: bool = False
 
     @property
     def flagged(self) -> bool:
@@ -62,6 +66,8 @@ class LabelScore:
 
         A label that was inverted in full is judged by the result.
         """
+        if self.few_images:
+            return False
         if self.inverted_area is not None:
             return self.inverted_area <= (MAX_PATCH if self.index < MAX_INDEX else MAX_SUSPECT_AREA)
         if self.form == "wave":
@@ -122,7 +128,9 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
     floor = scores[0].weak_floor
     if floor is not None:
         checked = f"; but the model predicts one label for {floor:.0%} of the images of the others, and is so weak"
-        checked += " that this says little"
+        checked += " that this says little (does --normalize fit the model?)"
+    few = dict.fromkeys("any" if score.label == ANY_OTHER else str(score.label) for score in scores if score.few_images)
+    checked += f"; not judged, for lack of images of {MIN_LABELS} other labels: {', '.join(few)}" if few else ""
     action = f"--force: defending against {label_name(lowest)}" if force else "the model is left unchanged"
     reason = f"no backdoor was found: no label has a far smaller pattern than the others{checked}; {action}"
     return lowest if force else None, reason

@@ -24,7 +24,7 @@ from defenses.inversion.objective import (
     pattern_logits,
 )
 from defenses.inversion.patterns import PixelForm, WarpForm, frequencies, waves
-from defenses.inversion.scores import MAX_FLOOR, LabelScore, anomaly_indices
+from defenses.inversion.scores import MAX_FLOOR, MAX_FLOOR_OF_REST, MIN_IMAGES, MIN_LABELS, LabelScore, anomaly_indices
 from utils.device import autocast
 from utils.progress import progress_bar
 
@@ -81,7 +81,7 @@ def search_waves(victim, batches, num_class) -> list[LabelScore]:
     """
     samples = itertools.chain.from_iterable(zip(*batch, strict=True) for batch in endless(batches))
     images, labels = map(torch.stack, zip(*itertools.islice(samples, WAVE_IMAGES), strict=True))
-    is_other = (F.one_hot(labels, num_class) == 0).float()
+    is_other, few_images = (F.one_hot(labels, num_class) == 0).float(), _few_images(batches.labels, num_class)
 
     def hit_rates(patterns, count):
         """(V, K): the fractions of the first `count` images of other labels that each pattern turns into each label."""
@@ -96,14 +96,15 @@ def search_waves(victim, batches, num_class) -> list[LabelScore]:
             rates.append(hit_rates(waves(images.shape[2:], frequency, images.device), FIRST_WAVE_IMAGES))
             bar.update()
         top = torch.cat(rates).topk(WAVE_CANDIDATES, 0)
-        for label in sorted(top.values[0].topk(candidate_count).indices.tolist()):
+        candidates = sorted(top.values[0].topk(candidate_count).indices.tolist())
+        for label in [label for label in candidates if not few_images[label]]:
             chosen = top.indices[:, label].tolist()
             patterns = torch.stack([waves(images.shape[2:], low[i // 4], images.device)[i % 4] for i in chosen])
             best[label] = hit_rates(patterns, WAVE_IMAGES)[:, label].max().item()
             bar.update()
     norm = waves(images.shape[2:], low[0], images.device)[0].abs().sum().item()
     of_range = norm / math.prod(batches.image_shape)
-    runners_up = {label: max(rate for other, rate in best.items() if other != label) for label in best}
+    runners_up = {label: max((rate for other, rate in best.items() if other != label), default=0.0) for label in best}
     return [
         LabelScore(label, "wave", norm, rate, math.nan, math.nan, of_range, runner_up=runners_up[label])
         for label, rate in best.items()
@@ -123,7 +124,7 @@ def invert_suspects(victim, batches, scores, device, rng, *budget) -> list[Label
     """
     by_index = sorted((score for score in scores if score.form == PixelForm.name), key=lambda score: score.index)
     result = list(scores)
-    for score in [score for score in by_index if score.label != ANY_OTHER][:SUSPECTS]:
+    for score in [score for score in by_index if score.label != ANY_OTHER and not score.few_images][:SUSPECTS]:
         found = invert_trigger(victim, batches, score.label, device, rng, *budget)
         inverted = replace(score, inverted_area=found.area if found else 1.0)
         result[result.index(score)] = inverted
@@ -185,16 +186,32 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
     tail = -max(1, int(TAIL_FRACTION * steps))
     sizes, rates = torch.stack(sizes[tail:])[:, kept], torch.stack(rates[tail:])[:, kept]
     floor = _weak_floor(*map(torch.cat, zip(*seen, strict=True)), num_class)
-    scores = _score(targets[kept], form, reference_count, sizes, rates, floor)
+    scores = _score(targets[kept], form, reference_count, sizes, rates)
+    few_images = _few_images(batches.labels, num_class)
+    scores = [replace(score, weak_floor=floor, few_images=few_images[score.label]) for score in scores]
     return sorted(scores, key=lambda score: (score.label == ANY_OTHER, score.label))
 
 
+def _few_images(labels, num_class):
+    """LabelScore.few_images of each label and, last, of ANY_OTHER."""
+    counts = labels.bincount(minlength=num_class)
+    other_labels = (counts > 0).sum() - (counts > 0).long()
+    few = (len(labels) - counts < MIN_IMAGES) | (other_labels < min(MIN_LABELS, num_class - 1))
+    return [*few.tolist(), few.any().item()]
+
+
 def _weak_floor(labels, predicted, num_class):
-    """LabelScore.weak_floor of a model with these predictions."""
-    wrong = predicted[predicted != labels].bincount(minlength=num_class)
-    others = len(labels) - labels.bincount(minlength=num_class)
-    floor = (wrong / others.clamp(min=1)).max().item()
-    return floor if floor > max(MAX_FLOOR, 1 / num_class) else None
+    """LabelScore.weak_floor of a model with these predictions.
+
+    One class that is often taken for another does not make a model weak: a few of its images may be all there are.
+    """
+    confused = F.one_hot(labels, num_class).float().T @ F.one_hot(predicted, num_class).float()  # class, prediction
+    counts, wrong = confused.sum(1), confused.fill_diagonal_(0)
+    floor = (wrong.sum(0) / (len(labels) - counts).clamp(min=1)).max().item()
+    most, taken = wrong.max(0)
+    rest = ((wrong.sum(0) - most) / (len(labels) - counts - counts[taken]).clamp(min=1)).max()
+    is_weak = floor > max(MAX_FLOOR, 1 / num_class) and (num_class == 2 or rest > MAX_FLOOR_OF_REST)
+    return floor if is_weak else None
 
 
 def promising(sizes, works) -> tuple[torch.Tensor, int]:
@@ -213,7 +230,7 @@ def promising(sizes, works) -> tuple[torch.Tensor, int]:
     return torch.tensor([*sample, *order[:PROMISING], len(order)], device=sizes.device), count
 
 
-def _score(targets, form, reference_count, sizes, rates, weak_floor):
+def _score(targets, form, reference_count, sizes, rates):
     """Scores from the (T, P) sizes and hit rates of the last T steps: means over the steps in which a pattern works.
 
     The smallest pattern of many steps would be the luckiest one. A pattern that never works has the full range as its
@@ -228,4 +245,4 @@ def _score(targets, form, reference_count, sizes, rates, weak_floor):
     columns = sizes, rates, anomaly_indices(sizes, reference_count), sizes / median, sizes / form.max_norm
     rows = torch.stack(columns, 1).tolist()
     labels = targets.tolist()
-    return [LabelScore(label, form.name, *row, weak_floor) for label, row in zip(labels, rows, strict=True)]
+    return [LabelScore(label, form.name, *row) for label, row in zip(labels, rows, strict=True)]

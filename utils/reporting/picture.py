@@ -47,26 +47,14 @@ class Picture(NamedTuple):
 def new_picture(path: str, width: float, height: float):
     """A figure of this size in inches, in the style above whatever matplotlibrc says; written to `path` on exit."""
     with style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a letter that no font has is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
         yield figure
         write_file(path, lambda file: figure.savefig(file, format="png"))
 
 
-def find_fonts(text: str) -> tuple[list[str], set[str]]:
-    """The default font and installed ones for the letters that it lacks, and the letters that no font has."""
-    fonts, missing = [FONT], {letter for letter in text if not _has_glyph(font_manager.findfont(FONT), letter)}
-    for font in font_manager.fontManager.ttflist:
-        covered = {letter for letter in missing if _has_glyph(font.fname, letter)}
-        if covered and not font.name.startswith("Last Resort"):  # has a box for every letter
-            fonts.append(font.name)
-            missing -= covered
-    return fonts, missing
-
-
-def _has_glyph(path, letter):
-    try:
-        return font_manager.get_font(path).get_char_index(ord(letter)) != 0
-    except (OSError, RuntimeError):  # removed, or damaged
-        return False
+def missing_letters(text: str) -> set[str]:
+    """The letters of a text that the pictures' font lacks."""
+    font = font_manager.get_font(font_manager.findfont(FONT))
+    return {letter for letter in text if font.get_char_index(ord(letter)) == 0}

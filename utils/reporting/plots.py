@@ -7,7 +7,7 @@ import torch
 
 from utils.files import remove_file
 from utils.reporting.feature_map import draw_features, features_of
-from utils.reporting.picture import CLEAN, MODELS, TRIGGERED, Picture, find_fonts, new_picture
+from utils.reporting.picture import CLEAN, MODELS, TRIGGERED, Picture, missing_letters, new_picture
 from utils.reporting.tables import METRICS, format_cell, is_missing
 
 SAMPLE_SIZE = 700  # images on the feature map, and as many triggered ones; more would hide each other
@@ -144,7 +144,7 @@ def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], targ
     accuracies = torch.tensor([model["per_class"] for model in metrics.values()])[:, : len(classes)]
     labels = classes_to_show(accuracies, target)
     accuracies = accuracies[:, labels]
-    names, fonts = class_names({label: classes[label] for label in labels})
+    names = class_names({label: classes[label] for label in labels})
     with new_picture(path, 6, 1.2 + 0.22 * len(labels)) as figure:
         axes, positions = figure.add_subplot(), range(len(labels))
         if target in labels:
@@ -156,8 +156,8 @@ def draw_per_class(path: str, classes: list[str], metrics: dict[str, dict], targ
             axes.scatter(values, positions, s=size, color=MODELS[model], zorder=2, label=dots, clip_on=False)
             axes.axvline(measured["acc"], color=MODELS[model], linestyle=":", label=line)
         texts = [f"{names[label]}  (target)" if label == target else names[label] for label in labels]
-        axes.set_yticks(positions, texts, family=fonts)
-        if target in labels and len(fonts) == 1:  # other fonts may have no bold face
+        axes.set_yticks(positions, texts)
+        if target in labels:
             axes.get_yticklabels()[labels.index(target)].set_fontweight("bold")
         left, right = axes.get_xlim()
         left = min(left, right - 10)  # a tenth of a point must not look like a gulf
@@ -202,13 +202,12 @@ def classes_to_show(accuracies: torch.Tensor, target: int | None) -> list[int]:
     return sorted(weight.argsort(descending=True, stable=True)[:MAX_CLASSES].tolist())
 
 
-def class_names(classes: dict[int, str]) -> tuple[dict[int, str], list[str]]:
-    """Short names by label, "class <label>" for one that is blank or that no font can draw, and fonts for them all."""
+def class_names(classes: dict[int, str]) -> dict[int, str]:
+    """Short names by label, "class <label>" for one that is blank or has letters that the font lacks."""
     lines = {label: "".join(x if x.isprintable() else "?" for x in name) for label, name in classes.items()}
-    fonts, missing = find_fonts("".join(lines.values()))
     for label, line in lines.items():
-        if missing.intersection(line) or not line.strip():
+        if missing_letters(line) or not line.strip():
             lines[label] = f"class {label}"
         elif len(line) > NAME_LENGTH:
             lines[label] = line[: NAME_LENGTH - 3] + "..."
-    return lines, fonts
+    return lines
