@@ -67,7 +67,6 @@ def run(opt, explicit, name) -> dict:
     device, clock = pick_device(opt.device), Stopwatch()
     results, purified_path = check_output(opt, name)
     log = open_tensorboard(results) if opt.tensorboard else None
-
     with clock("data"):
         train_set, test_set = load_images(opt, "train"), load_images(opt, "test")
         victim, attack, opt, metadata = load_victim(opt, explicit, test_set, device)
@@ -79,10 +78,10 @@ def run(opt, explicit, name) -> dict:
         train_count = len(train_set.labels)
         del train_set  # 150 MB that are no longer needed
         keep_freed_memory()
-    print(f"victim {opt.model}: {opt.arch}, {attack.describe()}")
+    print(f"victim {opt.model}: {opt.arch}, {attack.describe()}", end="", flush=True)
     with clock("evaluate"):
         metrics = {"before": evaluate(victim, test, attack), "after": None}
-    print(f"its ACC is {metrics['before']['acc']:.2f} %")  # before a long search: with a wrong --normalize it is low
+    print(f", ACC {metrics['before']['acc']:.2f} %")  # before a long search: with a wrong --normalize it is low
     models, history, triggers = {"before": victim}, [], {}
 
     target, scores = label_to_defend(opt, victim, split, attack.num_class, device, clock)

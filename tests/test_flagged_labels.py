@@ -89,10 +89,10 @@ def test_the_limit_of_each_form(form, limit):
 
 
 def test_a_label_of_which_few_other_images_are_left_is_not_flagged():
-    few = replace(SMALL, few_images=True)
-    assert not few.flagged
-    assert not replace(few, inverted_area=0.001).flagged
-    assert not replace(few, form="wave", runner_up=0.0).flagged
-    any_other = replace(few, label=ANY_OTHER)
-    reason = choose_label([few, replace(SMALL, label=2, index=-1.0), any_other], False)[1]
+    too_few = replace(SMALL, few_images=True)
+    assert not too_few.flagged
+    assert not replace(too_few, inverted_area=0.001).flagged
+    assert not replace(too_few, form="wave", runner_up=0.0).flagged
+    any_other = replace(too_few, label=ANY_OTHER)
+    reason = choose_label([too_few, replace(SMALL, label=2, index=-1.0), any_other], False)[1]
     assert "; not judged, for lack of images of 5 other labels: 1, any; the model" in reason

@@ -191,6 +191,13 @@ def test_a_collapsed_pattern_returns_to_where_it_last_worked():
     assert torch.equal(parameters[1], parameters[3])
 
 
+def test_a_pattern_that_fails_eight_times_in_a_row_returns_too():
+    parameters = [of_labels[0] for of_labels in scripted_search(1.0, *[0.5] * 9, 1.0, 0.5, 0.5).parameters]
+    assert not torch.equal(parameters[1], parameters[8])
+    assert torch.equal(parameters[1], parameters[9])
+    assert not torch.equal(parameters[1], parameters[10])  # it counts from the start again
+
+
 @pytest.mark.parametrize(
     ("pixels", "flagged", "inverted"), [((1, 1), [2], [2]), ((9, 1), [0], [2, 0]), ((9, 9), [], [2, 0])]
 )
@@ -259,32 +266,32 @@ def test_of_two_labels_one_is_found_by_its_full_inversion(backdoor, label):
 
 
 @pytest.mark.parametrize(
-    ("labels", "few"),
+    ("labels", "too_few"),
     [
         ([3] * 20 + [0, 1, 2, 4], [0, 1, 2, 3, 4, ANY_OTHER]),  # each has four others
         ([3] * 20 + [0, 1, 2, 4, 5], []),
     ],
 )
-def test_a_pattern_for_few_images_says_nothing(labels, few, monkeypatch):
+def test_a_pattern_for_few_images_says_nothing(labels, too_few, monkeypatch):
     images = torch.rand(len(labels), 3, 8, 8, generator=torch.Generator().manual_seed(0))
     batches = FixedBatches([(images, torch.tensor(labels))])
     scores = search_form(RedColumnModel(), batches, 8, CPU, torch.Generator(), PixelForm((3, 8, 8)), 1, "fp32")
-    assert [score.label for score in scores if score.few_images] == few
+    assert [score.label for score in scores if score.few_images] == too_few
     waves = target_search.search_waves(RedColumnModel(), batches, 8)
-    assert [score.label for score in waves] == [label for label in range(8) if label not in few]
+    assert [score.label for score in waves] == [label for label in range(8) if label not in too_few]
     monkeypatch.setattr(target_search, "invert_trigger", lambda *_: None)
-    scores = [dataclasses.replace(score, index=float(-score.label)) for score in scores]
+    scores = [dataclasses.replace(score, index=float(score.label)) for score in scores]
     inverted = [score.label for score in invert_suspects(None, batches, scores, CPU, None) if score.inverted_area]
-    assert inverted == sorted(set(range(8)) - set(few))[-2:]
+    assert inverted == sorted(set(range(8)) - set(too_few))[:2]
 
 
 @pytest.mark.parametrize(
-    ("num_class", "labels", "few"),
+    ("num_class", "labels", "too_few"),
     [
         (2, [0] * 5 + [1] * 4, [True, False, True]),
         (2, [0] * 5 + [1] * 5, [False] * 3),
         (3, [0] * 9 + [1] * 9, [True, True, False, True]),
     ],
 )
-def test_of_two_or_three_labels_all_are_needed(num_class, labels, few):
-    assert target_search._few_images(torch.tensor(labels), num_class) == few
+def test_of_two_or_three_labels_all_are_needed(num_class, labels, too_few):
+    assert target_search._few_images(torch.tensor(labels), num_class) == too_few

@@ -153,7 +153,7 @@ def defender_batches(data, batch_size, augment, mirror, seed, device) -> tuple[B
 
     Args:
         data: a TensorImages.
-        batch_size: of those to train on; the others have up to INVERSION_BATCH images, fewer repeated for the search.
+        batch_size: of those to train on; the others have INVERSION_BATCH images, or all if there are fewer.
         augment: whether those to train on are cropped, and flipped if `mirror`.
     """
 
@@ -163,8 +163,7 @@ def defender_batches(data, batch_size, augment, mirror, seed, device) -> tuple[B
 
     augmentation = {"padding": CLEAN_PADDING if augment else None, "mirror": mirror}
     train = batches(batch_size, "batches", math.ceil(EPOCH_IMAGES / len(data)), **augmentation)
-    balanced = balanced_positions(data.labels)
-    search = batches(INVERSION_BATCH, "search batches", math.ceil(INVERSION_BATCH / len(data)), positions=balanced)
+    search = batches(INVERSION_BATCH, "search batches", positions=balanced_positions(data.labels))
     return train, batches(INVERSION_BATCH, "plain batches"), search
 
 

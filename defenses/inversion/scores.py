@@ -129,8 +129,8 @@ def choose_label(scores: list[LabelScore], force: bool) -> tuple[int | None, str
     if floor is not None:
         checked = f"; but the model predicts one label for {floor:.0%} of the images of the others, and is so weak"
         checked += " that this says little (does --normalize fit the model?)"
-    few = dict.fromkeys("any" if score.label == ANY_OTHER else str(score.label) for score in scores if score.few_images)
-    checked += f"; not judged, for lack of images of {MIN_LABELS} other labels: {', '.join(few)}" if few else ""
+    names = dict.fromkeys(str(score.metadata()["label"]) for score in scores if score.few_images)
+    checked += f"; not judged, for lack of images of {MIN_LABELS} other labels: {', '.join(names)}" if names else ""
     action = f"--force: defending against {label_name(lowest)}" if force else "the model is left unchanged"
     reason = f"no backdoor was found: no label has a far smaller pattern than the others{checked}; {action}"
     return lowest if force else None, reason

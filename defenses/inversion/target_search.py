@@ -34,6 +34,7 @@ UNTARGETED_START = 0.3  # scale of ANY_OTHER's start: at 1 the noise alone turns
 # the others to compare them with; all share the first steps, on half of the images. After 20 steps the target labels of
 # six victims of ten classes have the smallest patterns; after 12, that of the paper's is the last of ten.
 FULL_SEARCHES, PROMISING, FIRST_STEPS = 10, 4, 20
+MAX_FAILING = 8  # steps in a row after which a pattern that has worked counts as shrunk too far
 TAIL_FRACTION = 0.4  # of the steps, at the end, over which size and hit rate are averaged
 SUSPECTS = 2  # labels inverted in full if none is flagged
 # Waves of up to LOW_CYCLES cycles a side are tried. The best of them turns at most 72 % of the images of CIFAR-10
@@ -145,7 +146,7 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
     optimizer = torch.optim.Adam([parameters], form.lr, betas=(0.5, 0.9))
     weight = PenaltyWeight(torch.full(targets.shape, form.weight, device=device))
     sizes, rates, seen, last_good = [], [], [], parameters.detach().clone()
-    ever_hit = torch.zeros_like(targets, dtype=torch.bool)
+    ever_hit, failing = torch.zeros_like(targets, dtype=torch.bool), torch.zeros_like(targets)
     kept, reference_count = torch.arange(len(targets), device=device), num_class
     divisor = 2 if num_class > FULL_SEARCHES else 1  # of the images, until labels are dropped
     patterns_at_once = max(1, int(min(1, 32**2 / math.prod(form.shape[-2:])) * PATTERNS_PER_FORWARD[device.type]))
@@ -178,10 +179,11 @@ def search_form(victim, batches, num_class, device, rng, form, steps, precision)
             tried = attackable.any(1)
             weight.update(works, tried)
             # Negative p and q have no gradient: a pattern that was shrunk too far returns to where it last worked.
-            collapsed = ever_hit & tried & (rates[-1] < HIT_RATE / 2)
+            failing = torch.where(works, 0, failing + 1)
+            collapsed = ever_hit & tried & ((rates[-1] < HIT_RATE / 2) | (failing >= MAX_FAILING))
             ever_hit |= works
             with torch.no_grad():
-                last_good[works], parameters[collapsed] = parameters[works], last_good[collapsed]
+                last_good[works], parameters[collapsed], failing[collapsed] = parameters[works], last_good[collapsed], 0
             bar.update()
     tail = -max(1, int(TAIL_FRACTION * steps))
     sizes, rates = torch.stack(sizes[tail:])[:, kept], torch.stack(rates[tail:])[:, kept]
@@ -196,8 +198,8 @@ def _few_images(labels, num_class):
     """LabelScore.few_images of each label and, last, of ANY_OTHER."""
     counts = labels.bincount(minlength=num_class)
     other_labels = (counts > 0).sum() - (counts > 0).long()
-    few = (len(labels) - counts < MIN_IMAGES) | (other_labels < min(MIN_LABELS, num_class - 1))
-    return [*few.tolist(), few.any().item()]
+    too_few = (len(labels) - counts < MIN_IMAGES) | (other_labels < min(MIN_LABELS, num_class - 1))
+    return [*too_few.tolist(), too_few.any().item()]
 
 
 def _weak_floor(labels, predicted, num_class):
