@@ -18,7 +18,7 @@ def grid_trigger(images: torch.Tensor) -> torch.Tensor:
 
 def square_trigger(images: torch.Tensor, trig_w: int, trig_h: int) -> torch.Tensor:
     """A white block of trig_w x trig_h pixels, one pixel away from the bottom and the right edge."""
-    return _with_patch(images, images.new_full((trig_h, trig_w, 1), 255), margin=1)
+    return _with_patch(images, images.new_tensor(255).expand(trig_h, trig_w, 1), margin=1)  # of any size, no memory
 
 
 def four_corner_trigger(images: torch.Tensor) -> torch.Tensor:

@@ -201,8 +201,7 @@ def train_student_gently(context, positive, patterns, trigger, *, lr, align_weig
         trigger: the InvertedTrigger.
         lr, align_weight, options: as in train_student, which the other arguments are passed to as well.
     """
-    result = None
-    judged_on = context.victim, context.plain_batches, context.target
+    result, judged_on = None, (context.victim, context.plain_batches, context.target)
     for share in RATE_SHARES:
         settings = {"lr": share * lr, "align_weight": align_weight, **options}
         candidate = train_student(context, positive, patterns, **settings)

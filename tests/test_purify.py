@@ -96,8 +96,8 @@ MODEL = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": IMAGES * 2 - 1}, "floats in .0, 1., without normalisation"),
-        ({"images": IMAGES * 1.5}, "floats in .0, 1., without normalisation"),
+        ({"images": IMAGES * 2 - 1}, "floats in .0, 1., not normalised"),
+        ({"images": IMAGES * 1.5}, "floats in .0, 1., not normalised"),
         ({"images": IMAGES[:, :1]}, "must be .N, 3, H, W. floats in .0, 1."),
         ({"images": IMAGES.double().int()}, "must be .N, 3, H, W. floats in .0, 1."),
         ({"images": IMAGES[:3]}, r"not \(3, 3, 8, 8\) and \(4,\)"),

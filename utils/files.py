@@ -64,11 +64,8 @@ def check_writable(folder: str, *files: str) -> None:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
             raise UserError(f"cannot write {path}: it is a folder; remove it or choose another --name")
-    nearest = os.path.abspath(folder)
-    while not os.path.lexists(nearest):  # a broken link exists: it stands where the folder would be created
-        nearest = os.path.dirname(nearest)
     try:
-        with tempfile.TemporaryFile(dir=nearest):
+        with tempfile.TemporaryFile(dir=_nearest_existing(os.path.abspath(folder))):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
@@ -113,3 +110,11 @@ def read_csv(path: str) -> list[dict]:
         return []
     with open(path) as file:
         return list(csv.DictReader(file))
+
+
+def _nearest_existing(path):
+    try:
+        os.lstat(path)  # a broken link exists: it stands where the folder would be created
+    except FileNotFoundError:
+        return _nearest_existing(os.path.dirname(path))
+    return path

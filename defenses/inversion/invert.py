@@ -37,8 +37,7 @@ MAX_PATCH, MAX_WARP = 0.03, 0.02
 # Further parts of a trigger, the size of each, a fraction of the pixels, and its rounds: parts of two grid triggers
 # have up to 5 of 1,024; what is left once the paper's victim has lost its whole trigger has 18 and more.
 MAX_PARTS, MAX_PART, PART_ROUNDS = 3, 0.01, 2
-# Images that each wave is tried on, first and in all, and waves kept: all 58 that a SIG victim responds to cost
-# accuracy.
+# Images that each wave is tried on, first and in all, and waves kept: all 58 of a SIG victim would cost accuracy.
 FIRST_WAVE_IMAGES, WAVE_IMAGES, MAX_WAVES = 5, 20, 16
 
 

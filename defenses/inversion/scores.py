@@ -24,8 +24,7 @@ CLEAN_SIZES = (
 )  # fmt: skip
 # A model that predicts one label for more than this fraction of the images of other labels has hardly learned anything.
 # Small patterns lead to any label there, so that only half the size counts.
-MAX_FLOOR, WEAK_SHARE = 0.12, 0.5
-MAX_FLOOR_OF_REST = 0.09  # the same without the class that is most often taken for the label
+MAX_FLOOR, MAX_FLOOR_OF_REST, WEAK_SHARE = 0.12, 0.09, 0.5  # rest: without the class most often taken for the label
 MIN_IMAGES, MIN_LABELS = 5, 5  # of other labels: a small pattern turns fewer images, or those of fewer, in any model
 MAX_RUNNER_UP = 2 / 3  # where waves work for several labels, it is because they resemble the classes' own patterns
 MAD_TO_SD = 1.4826  # of a normal distribution
