@@ -18,7 +18,7 @@ def grid_trigger(images: torch.Tensor) -> torch.Tensor:
 
 def square_trigger(images: torch.Tensor, trig_w: int, trig_h: int) -> torch.Tensor:
     """A white block of trig_w x trig_h pixels, one pixel away from the bottom and the right edge."""
-    return _with_patch(images, images.new_tensor(255).expand(trig_h, trig_w, 1), margin=1)  # of any size, no memory
+    return _with_patch(images, images.new_tensor(255).expand(trig_h, trig_w, 1), margin=1)  # expanded: no memory yet
 
 
 def four_corner_trigger(images: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def _with_patch(images, patch, margin=0):
     height, width = patch.shape[0] + margin, patch.shape[1] + margin
     check_patch_fits(images.shape[1:3], height, width)
     triggered = images.clone()
-    triggered[:, -height:, -width:][:, : len(patch), : patch.shape[1]] = patch
+    triggered[:, -height : -margin or None, -width : -margin or None] = patch
     return triggered
 
 

@@ -1,7 +1,6 @@
 """Which labels are flagged, which of them is chosen, and the reason that is given."""
 
 import csv
-import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -16,8 +15,8 @@ EVIDENCE = f": so small a pattern was found in none of {len(CLEAN_SIZES)} clean 
 
 @pytest.mark.parametrize("change", [{"hit_rate": 0.5}, {"index": -1.9}, {"of_median": 0.6}, {"of_range": 0.016}])
 def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
-    assert SMALL.flagged and dataclasses.replace(SMALL, form="warp", of_range=0.02).flagged
-    assert not dataclasses.replace(SMALL, **change).flagged
+    assert SMALL.flagged and replace(SMALL, form="warp", of_range=0.02).flagged
+    assert not replace(SMALL, **change).flagged
     assert SMALL.metadata() == {
         "label": 1, "form": "pixels", "size": 30.0, "hit_rate": 95.0, "index": -3.0, "of_median": 0.3, "of_range": 1.0,
         "weak_floor": None, "runner_up": None, "inverted_area": None, "few_images": False, "clean_networks": 0,
@@ -28,7 +27,7 @@ def test_a_label_is_flagged_by_a_small_pattern_that_works(change):
 def test_the_flagged_label_with_the_smallest_pattern_is_chosen():
     ordinary = LabelScore(0, "pixels", 90.0, 1.0, -0.5, 1.0, 0.03)
     not_working = LabelScore(3, "pixels", 5.0, 0.2, -9.0, 0.05, 0.001)
-    smaller = dataclasses.replace(SMALL, label=2, size=20.0)
+    smaller = replace(SMALL, label=2, size=20.0)
     assert choose_label([ordinary, SMALL], False) == (1, f"a backdoor to label 1 is suspected{EVIDENCE}")
     label, message = choose_label([ordinary, SMALL, smaller, not_working], False)
     assert (label, message.split(";")[0]) == (2, f"a backdoor to label 2, 1 is suspected{EVIDENCE}")
@@ -38,12 +37,12 @@ def test_the_flagged_label_with_the_smallest_pattern_is_chosen():
 
 
 def test_any_other_label_is_chosen_if_its_pattern_is_smaller_than_any_label_s():
-    untargeted = dataclasses.replace(SMALL, label=ANY_OTHER, size=31.0)
-    smaller = dataclasses.replace(untargeted, size=29.0)
+    untargeted = replace(SMALL, label=ANY_OTHER, size=31.0)
+    smaller = replace(untargeted, size=29.0)
     assert choose_label([SMALL, untargeted], False)[0] == 1
-    assert choose_label([dataclasses.replace(SMALL, index=0.0), untargeted], False)[0] == ANY_OTHER
+    assert choose_label([replace(SMALL, index=0.0), untargeted], False)[0] == ANY_OTHER
     assert choose_label([SMALL, smaller], False)[0] == ANY_OTHER
-    assert choose_label([SMALL, dataclasses.replace(smaller, hit_rate=0.5)], False)[0] == 1
+    assert choose_label([SMALL, replace(smaller, hit_rate=0.5)], False)[0] == 1
     assert untargeted.metadata()["label"] == "any"
 
 
@@ -85,7 +84,7 @@ def test_force_defends_against_the_pixel_pattern_with_the_lowest_index():
 @pytest.mark.parametrize(("form", "limit"), [("pixels", 0.015), ("warp", 0.02)])
 def test_the_limit_of_each_form(form, limit):
     for of_range, flagged in ((limit, True), (limit + 0.001, False)):
-        assert dataclasses.replace(SMALL, form=form, of_range=of_range).flagged is flagged
+        assert replace(SMALL, form=form, of_range=of_range).flagged is flagged
 
 
 def test_a_label_of_which_few_other_images_are_left_is_not_flagged():

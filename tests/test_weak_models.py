@@ -1,6 +1,5 @@
 """The target search on models that have hardly learned anything."""
 
-import dataclasses
 import sys
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from defenses import find_target
 from defenses.inversion import choose_label, search_target, target_search
 from utils.seed import generator
 
-WEAK = dataclasses.replace(SMALL, weak_floor=0.287)
+WEAK = replace(SMALL, weak_floor=0.287)
 BUDGET = {"inversion_rounds": 1, "inversion_steps": 1, "inversion_batches": 1}
 
 
@@ -54,8 +53,8 @@ def test_a_model_that_leans_to_one_label_is_weak(num_class, leaning, weak, monke
 
 
 def test_of_a_weak_model_half_the_size_counts():
-    assert dataclasses.replace(WEAK, of_range=0.0075).flagged
-    assert not dataclasses.replace(WEAK, of_range=0.0076).flagged
+    assert replace(WEAK, of_range=0.0075).flagged
+    assert not replace(WEAK, of_range=0.0076).flagged
     assert WEAK.metadata()["weak_floor"] == pytest.approx(28.7)
 
 
@@ -72,7 +71,7 @@ def test_a_search_of_a_weak_model_says_so():
 def test_no_suspect_of_a_weak_model_is_inverted(monkeypatch):
     module, inverted = sys.modules["defenses.purify"], []
     monkeypatch.setattr(module, "invert_suspects", lambda victim, batches, scores, *_: inverted.append(1) or scores)
-    for score in (WEAK, dataclasses.replace(WEAK, weak_floor=None, index=0.0)):
+    for score in (WEAK, replace(WEAK, weak_floor=None, index=0.0)):
         monkeypatch.setattr(module, "search_target", lambda *_, score=score, **__: [score])
         assert find_target(None, None, 10, CPU, 1, {**BUDGET, "force": False})[0] is None
     assert inverted == [1]
